@@ -1,0 +1,85 @@
+"""Ragged prompts and responses as padded tensors, and micro-batches within a token budget."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """B prompts with one response each, right-padded; lengths, never pad ids, tell where they end.
+
+    How an architecture joins prompt and response is the joiner's business (`models.joiner`).
+    """
+
+    prompt_ids: Tensor  # (B, P)
+    prompt_lengths: Tensor  # (B,)
+    response_ids: Tensor  # (B, R)
+    response_lengths: Tensor  # (B,)
+
+    @classmethod
+    def from_ragged(
+        cls,
+        prompts: Sequence[Sequence[int]],
+        responses: Sequence[Sequence[int]],
+        pad_id: int,
+        device: torch.device | str = "cpu",
+    ) -> "TokenBatch":
+        """Pad lists of token ids; every prompt and every response has at least one token."""
+        assert len(prompts) == len(responses) > 0, (len(prompts), len(responses))
+        assert all(prompts) and all(responses), "empty prompt or response"
+        prompt_ids, prompt_lengths = _pad(prompts, pad_id, device)
+        response_ids, response_lengths = _pad(responses, pad_id, device)
+        return cls(prompt_ids, prompt_lengths, response_ids, response_lengths)
+
+    @property
+    def response_mask(self) -> Tensor:
+        """True on real response tokens, (B, R)."""
+        positions = torch.arange(self.response_ids.shape[1], device=self.response_ids.device)
+        return positions < self.response_lengths.unsqueeze(1)
+
+    def __len__(self) -> int:
+        return self.prompt_ids.shape[0]
+
+    def to(self, device: torch.device | str) -> "TokenBatch":
+        """The same batch on another device."""
+        return TokenBatch(*(getattr(self, field.name).to(device) for field in fields(self)))
+
+
+def _pad(
+    rows: Sequence[Sequence[int]], pad_id: int, device: torch.device | str
+) -> tuple[Tensor, Tensor]:
+    lengths = [len(row) for row in rows]
+    width = max(lengths)
+    padded = [[*row, *([pad_id] * (width - len(row)))] for row in rows]
+    return (
+        torch.tensor(padded, dtype=torch.long, device=device),
+        torch.tensor(lengths, dtype=torch.long, device=device),
+    )
+
+
+def pad_values(rows: Sequence[Sequence[float]], width: int, dtype: torch.dtype) -> Tensor:
+    """Ragged numbers a response token as (B, width), zeros on padding."""
+    out = torch.zeros(len(rows), width, dtype=dtype)
+    for index, row in enumerate(rows):
+        out[index, : len(row)] = torch.tensor(row, dtype=dtype)
+    return out
+
+
+def micro_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
+    """Row indices in micro-batches of at most `token_budget` tokens, padding counted.
+
+    Rows are sorted by length, so that padding is small; a row longer than the budget goes alone.
+    The longest come first: if memory is short, the first micro-batch shows it.
+    """
+    order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
+    batches: list[list[int]] = []
+    for row in order:
+        # Descending order: the first row of a micro-batch is its width.
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= token_budget:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+    return batches

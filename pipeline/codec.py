@@ -1,0 +1,232 @@
+"""Text to token ids and back: the one place that tokenises.
+
+A prompt and a response are always tokenised apart, in training as in generation: joined text can
+merge across the seam into tokens that a sampling policy never sees. Special tokens inside user text
+(`<|im_end|>` typed by a person) become ordinary text.
+"""
+
+import copy
+import json
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import ModelError
+from pipeline.records import Message, PromptText
+
+# The transcript format of Anthropic's HH data, for conversations on a tokenizer with no template.
+PLAIN_CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '\n\n' + {'user': 'Human', 'assistant': 'Assistant'}.get(message['role'], 'System') "
+    "+ ': ' + message['content'] }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
+)
+
+_SENTINEL = "\ue000{}\ue001"  # private-use characters: no template and no real text holds them
+_SENTINELS = re.compile("\ue000(\\d+)\ue001")
+
+
+class Codec:
+    """A tokenizer with the run's limits, stop ids and way of rendering prompts.
+
+    `stop_ids` end a response; `end_id` is the one of them that training appends. `pad_id` only
+    fills tensors: ends are known by lengths, never by looking for a pad. `counts` tells how many
+    prompts and responses were cut to their limits.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        stop_ids: frozenset[int] = frozenset(),
+        chat_template: str = "auto",
+        max_prompt_tokens: int = 512,
+        max_response_tokens: int = 512,
+    ) -> None:
+        if tokenizer.eos_token_id is None and not stop_ids:
+            raise ModelError(
+                f"tokenizer {tokenizer.name_or_path!r} has no end-of-sequence token: responses "
+                "could never end. Set eos_token in its tokenizer_config.json."
+            )
+        self.tokenizer = tokenizer
+        self.chat_template = chat_template
+        self.max_prompt_tokens = max_prompt_tokens
+        self.max_response_tokens = max_response_tokens
+        self.counts: Counter[str] = Counter()
+        self.template_source = "tokenizer" if tokenizer.chat_template else "plain"
+        self._string_as_turn = chat_template == "auto" and bool(tokenizer.chat_template)
+        self._template = tokenizer.chat_template or PLAIN_CHAT_TEMPLATE
+        self._rendered_turns = False
+        eos = tokenizer.eos_token_id
+        self.stop_ids = stop_ids | ({eos} if eos is not None else frozenset())
+        self._lead, self.end_id = self._probe_template()
+        self.pad_id: int = self.end_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+    def prompt_ids(self, prompt: PromptText) -> list[int]:
+        """Token ids of a rendered prompt, BOS included where the tokenizer has one.
+
+        Prompts longer than `max_prompt_tokens` keep their end (and BOS): the last turn matters.
+        """
+        turns = self._turns(prompt)
+        if turns is None:
+            ids = self.tokenizer.encode(prompt, split_special_tokens=True)
+            if ids and ids[-1] == self.tokenizer.eos_token_id:
+                ids = ids[:-1]  # some tokenizers close every text; a prompt must stay open
+        else:
+            ids = self._encode_turns(turns)
+        if len(ids) <= self.max_prompt_tokens:
+            return ids
+        self.counts["prompts cut to data.max_prompt_tokens"] += 1
+        keep_bos = ids[:1] if ids[0] == self.tokenizer.bos_token_id else []
+        return keep_bos + ids[len(ids) - self.max_prompt_tokens + len(keep_bos) :]
+
+    def response_ids(self, text: str, conversation: bool = False) -> list[int]:
+        """Token ids of a response, closed by `end_id`; cut without it at `max_response_tokens`.
+
+        `conversation` says that the prompt is one, so that the template's lead (a blank after
+        `Assistant:`) belongs before the text; prompts rendered as turns imply it.
+        """
+        lead = self._lead if conversation or self._string_as_turn else ""
+        ids = self.tokenizer.encode(
+            lead + text, add_special_tokens=False, split_special_tokens=True
+        )
+        if len(ids) < self.max_response_tokens:
+            return [*ids, self.end_id]
+        self.counts["responses cut to data.max_response_tokens"] += 1
+        return ids[: self.max_response_tokens]
+
+    def pair_ids(self, prompt: PromptText, response: str) -> tuple[list[int], list[int]]:
+        """Token ids of a prompt and of a response to it."""
+        return self.prompt_ids(prompt), self.response_ids(response, not isinstance(prompt, str))
+
+    def text(self, response_ids: list[int], conversation: bool = False) -> str:
+        """Text of a response without its stop token, special tokens and the template's lead.
+
+        `conversation` as in `response_ids`.
+        """
+        if response_ids and response_ids[-1] in self.stop_ids:
+            response_ids = response_ids[:-1]
+        text = self.tokenizer.decode(response_ids, skip_special_tokens=True)
+        return text.removeprefix(self._lead) if conversation or self._string_as_turn else text
+
+    def prompt_text(self, prompt: PromptText) -> str:
+        """The prompt as the model sees it, rendered but not tokenised."""
+        turns = self._turns(prompt)
+        return str(prompt) if turns is None else self._render(turns)
+
+    @property
+    def name(self) -> str:
+        """What the tokenizer was loaded from."""
+        return str(self.tokenizer.name_or_path)
+
+    def same_ids(self, other: "Codec") -> bool:
+        """Whether ids of one codec may be read by a model of the other (same vocabulary)."""
+        return self is other or self.tokenizer.get_vocab() == other.tokenizer.get_vocab()
+
+    # --- files ---
+
+    def save_tokenizer(self, folder: Path) -> None:
+        """Write the tokenizer for plain transformers, with the chat template that was used.
+
+        The plain template goes along only if conversations were rendered with it: a model that
+        never saw it must not seem to be a chat model.
+        """
+        tokenizer = self.tokenizer
+        if self.template_source == "plain" and self._rendered_turns:
+            tokenizer = copy.deepcopy(tokenizer)
+            tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
+        tokenizer.save_pretrained(str(folder))
+
+    def save(self, folder: Path) -> None:
+        """Write the tokenizer and `codec.json` into `folder`."""
+        self.save_tokenizer(folder)
+        settings = {
+            "stop_ids": sorted(self.stop_ids),
+            "chat_template": self.chat_template,
+            "template_source": self.template_source,
+            "rendered_turns": self._rendered_turns,
+            "max_prompt_tokens": self.max_prompt_tokens,
+            "max_response_tokens": self.max_response_tokens,
+        }
+        (folder / "codec.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> "Codec":
+        """Rebuild a codec from a folder that `save` wrote."""
+        from transformers import AutoTokenizer
+
+        settings = json.loads((folder / "codec.json").read_text(encoding="utf-8"))
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        if settings["template_source"] == "plain":
+            tokenizer.chat_template = None  # plain strings are turns only under a real template
+        codec = cls(
+            tokenizer,
+            stop_ids=frozenset(settings["stop_ids"]),
+            chat_template=settings["chat_template"],
+            max_prompt_tokens=settings["max_prompt_tokens"],
+            max_response_tokens=settings["max_response_tokens"],
+        )
+        codec._rendered_turns = settings["rendered_turns"]
+        return codec
+
+    # --- chat templates ---
+
+    def _turns(self, prompt: PromptText) -> tuple[Message, ...] | None:
+        if not isinstance(prompt, str):
+            return prompt
+        return (Message("user", prompt),) if self._string_as_turn else None
+
+    def _render(self, turns: tuple[Message, ...], add_generation_prompt: bool = True) -> str:
+        messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    messages,
+                    chat_template=self._template,
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
+                )
+            )
+        except Exception as error:  # templates raise whatever their author wrote
+            raise ModelError(
+                f"the chat template of {self.name!r} refuses a conversation with the roles "
+                f"{[turn.role for turn in turns]}: {error}"
+            ) from error
+
+    def _encode_turns(self, turns: tuple[Message, ...]) -> list[int]:
+        self._rendered_turns = True
+        encode = self.tokenizer.encode
+        specials = self.tokenizer.all_special_tokens
+        if not any(token in turn.content for turn in turns for token in specials):
+            ids: list[int] = encode(self._render(turns), add_special_tokens=False)
+            return ids
+        # Someone typed a special token: the template's own are parsed, those in the text are not.
+        marked = tuple(
+            Message(turn.role, _SENTINEL.format(index)) for index, turn in enumerate(turns)
+        )
+        ids = []
+        for position, piece in enumerate(_SENTINELS.split(self._render(marked))):
+            if position % 2:
+                content = turns[int(piece)].content
+                ids += encode(content, add_special_tokens=False, split_special_tokens=True)
+            elif piece:
+                ids += encode(piece, add_special_tokens=False)
+        return ids
+
+    def _probe_template(self) -> tuple[str, int]:
+        """The text that the template puts before a response, and the stop id it puts after."""
+        eos = self.tokenizer.eos_token_id
+        default_end = eos if eos is not None else min(self.stop_ids)
+        question = (Message("user", "?"),)
+        answer = _SENTINEL.format(0)
+        try:
+            before = self._render(question)
+            whole = self._render((*question, Message("assistant", answer)), False)
+        except ModelError:
+            return "", default_end
+        head, _, tail = whole.partition(answer)
+        lead = head.removeprefix(before) if head.startswith(before) else ""
+        after = self.tokenizer.encode(tail, add_special_tokens=False) if tail else []
+        return lead, next((id_ for id_ in after if id_ in self.stop_ids), default_end)

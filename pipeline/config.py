@@ -1,0 +1,233 @@
+"""The common sections of a run's configuration; every stage owns its own beside its code.
+
+A section is a frozen pydantic model that refuses unknown keys. Each field carries one sentence with
+its unit: the config reference, the JSON Schema and editor completion are generated from them.
+Reading YAML, overrides and the wording of errors live in `pipeline.yaml_config`.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    model_validator,
+)
+
+
+class Section(BaseModel):
+    """Base of every section: immutable, strict about types, unknown keys refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+def _resolve(value: str, info: ValidationInfo) -> str:
+    """Make a local path absolute: looked up beside the config file, then in the current folder.
+
+    What exists in neither place stays as written: a Hub id, or an error for whoever opens it.
+    A `file.py:function` reference keeps its function name.
+    """
+    path, colon, function = value.partition(".py:")
+    if colon:
+        path += ".py"
+    base = Path((info.context or {}).get("base_dir", "."))
+    for folder in (base, Path()):
+        candidate = (folder / Path(path).expanduser()).resolve()
+        if candidate.exists():
+            return f"{candidate}:{function}" if colon else str(candidate)
+    return value
+
+
+# A local path (relative to the config file, else to the current folder) or a Hub id.
+Resource = Annotated[str, AfterValidator(_resolve)]
+
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+
+
+class RunSection(Section):
+    """Where a run lives and what makes it repeatable."""
+
+    name: str = Field(
+        "run",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$",
+        description="Name of the run: its folder under `run.folder` (letters, digits, . _ -).",
+    )
+    folder: str = Field("runs", description="Folder that holds all runs, from the current folder.")
+    seed: NonNegativeInt = Field(1, description="Seed of every random choice in the run.")
+    mixed_precision: Literal["no", "bf16"] = Field(
+        "no", description="Autocast of training and generation; reductions stay in float32."
+    )
+    device: Literal["auto", "cpu"] = Field(
+        "auto", description="`auto` takes the accelerator if there is one; `cpu` never does."
+    )
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "comet_ml", "aim"], ...] = Field(
+        ("tensorboard",), description="Trackers that get the metrics besides metrics.jsonl."
+    )
+
+
+class ArchitectureSection(Section):
+    """A small decoder built from a config with random weights (`model.init: config`)."""
+
+    model_type: str = Field("llama", description="Architecture, by its transformers `model_type`.")
+    hidden_size: PositiveInt = Field(128, description="Width of the hidden states.")
+    num_hidden_layers: PositiveInt = Field(2, description="Number of layers.")
+    num_attention_heads: PositiveInt = Field(4, description="Attention heads a layer.")
+    intermediate_size: PositiveInt = Field(384, description="Width of the feed-forward layers.")
+    max_position_embeddings: PositiveInt = Field(1024, description="Longest sequence, in tokens.")
+    tie_word_embeddings: bool = Field(
+        True, description="Whether input and output embeddings share their weights."
+    )
+    extra: dict[str, Any] = Field(
+        default_factory=dict, description="Further fields of the architecture's own config."
+    )
+
+
+class ModelSection(Section):
+    """The base model of the run."""
+
+    init: Literal["pretrained", "config"] = Field(
+        "pretrained",
+        description="`pretrained` loads `model.path`; `config` builds `model.architecture` with "
+        "random weights and trains a BPE tokenizer on the run's own training text.",
+    )
+    path: Resource | None = Field(None, description="Hub id or local folder of the base model.")
+    revision: str | None = Field(None, description="Branch, tag or commit of the Hub model.")
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = Field(
+        "float32", description="Type of the base model's weights in memory."
+    )
+    attn_implementation: str | None = Field(
+        None, description="Attention of transformers: eager, sdpa, flash_attention_2, ..."
+    )
+    trust_remote_code: bool = Field(
+        False, description="Whether Python code from the model's repository may run."
+    )
+    chat_template: Literal["auto", "none"] = Field(
+        "auto",
+        description="`auto` renders prompts with the tokenizer's chat template (a plain one for "
+        "conversations if it has none); `none` uses plain-text prompts as they stand.",
+    )
+    architecture: ArchitectureSection = Field(
+        ArchitectureSection(), description="The architecture, with `model.init: config`."
+    )
+    vocabulary_size: PositiveInt = Field(
+        2048, description="Tokens of the BPE tokenizer trained with `model.init: config`."
+    )
+
+    @model_validator(mode="after")
+    def _path_or_config(self) -> "ModelSection":
+        if self.init == "pretrained" and self.path is None:
+            raise ValueError(
+                "model.path is missing: name a Hub id or a local folder, "
+                "or set model.init to config to start from random weights"
+            )
+        if self.init == "config" and self.path is not None:
+            raise ValueError(
+                f"model.path is {self.path!r} but model.init is config, which loads nothing: "
+                "remove model.path or set model.init to pretrained"
+            )
+        return self
+
+
+class LoraSection(Section):
+    """Shape of every LoRA adapter of the run; the roles' adapters are copied from one another."""
+
+    rank: PositiveInt = Field(16, description="Rank of the update matrices.")
+    alpha: Positive = Field(32, description="Scale of the update: alpha / rank times B A x.")
+    dropout: Fraction = Field(0.0, description="Dropout on the adapter's input in SFT and reward.")
+    target_modules: str | tuple[str, ...] = Field(
+        "all-linear", description="Modules that get an adapter, by name, or `all-linear`."
+    )
+    use_rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) (rsLoRA).")
+    use_dora: bool = Field(False, description="Weight-decomposed adapters (DoRA).")
+
+
+class SourceSection(Section):
+    """One dataset: a local file or folder, or a Hub dataset."""
+
+    path: Resource = Field(
+        description="Local .jsonl, .json, .csv or .parquet file (.gz too), or a Hub dataset id."
+    )
+    held_out_path: Resource | None = Field(
+        None, description="Separate held-out file or Hub id; otherwise rows are split by hash."
+    )
+    name: str | None = Field(None, description="Configuration (subset) of the Hub dataset.")
+    data_dir: str | None = Field(None, description="Folder inside the Hub dataset.")
+    split: str = Field("train", description="Split of the Hub dataset.")
+    held_out_split: str | None = Field(
+        None, description="Split of the Hub dataset that is held out; otherwise split by hash."
+    )
+    revision: str | None = Field(None, description="Branch, tag or commit of the Hub dataset.")
+    format: str = Field(
+        "auto", description="Row format (docs/data-formats.md), or `auto` from the columns."
+    )
+    columns: dict[str, str] = Field(
+        default_factory=dict, description="Renames: our field name to the dataset's column name."
+    )
+    limit: PositiveInt | None = Field(None, description="Use only the first rows, this many.")
+
+
+def _path_only(value: Any) -> Any:
+    return {"path": value} if isinstance(value, str) else value
+
+
+Source = Annotated[SourceSection, BeforeValidator(_path_only)]
+
+
+class DataSection(Section):
+    """The run's datasets and how they are checked and split."""
+
+    demonstrations: Source | None = Field(
+        None, description="Prompts with responses for SFT (a path, or a section)."
+    )
+    rankings: Source | None = Field(
+        None, description="Prompts with ranked responses for the reward model."
+    )
+    prompts: Source | None = Field(
+        None,
+        description="Prompts for PPO and evaluation; default: those of the other datasets.",
+    )
+    held_out_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.1, description="Share of prompts, chosen by hash, that no stage trains on."
+    )
+    split_salt: str = Field("rlhf", description="Salt of the split's hash.")
+    group_column: str | None = Field(
+        None, description="Column whose value is split as one; default: the first user turn."
+    )
+    on_bad_row: Literal["skip", "refuse"] = Field(
+        "skip", description="`skip` counts and shows bad rows; `refuse` stops at the first."
+    )
+    max_bad_fraction: Fraction = Field(
+        0.05, description="Largest share of bad rows of a dataset that `skip` accepts."
+    )
+    max_prompt_tokens: PositiveInt = Field(
+        512, description="Longest prompt, in tokens; longer ones keep their end."
+    )
+    max_response_tokens: PositiveInt = Field(
+        512, description="Longest response in SFT and reward training, in tokens; cut at the end."
+    )
+
+
+class OptimSection(Section):
+    """AdamW and its schedule."""
+
+    learning_rate: Positive = Field(1e-5, description="Peak learning rate.")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "linear", description="Decay of the learning rate to 0 after the warm-up."
+    )
+    warmup_fraction: Fraction = Field(0.0, description="Share of the steps that warm up linearly.")
+    weight_decay: NonNegative = Field(0.0, description="Decoupled weight decay of AdamW.")
+    adam_beta1: Fraction = Field(0.9, description="Decay of AdamW's first moment.")
+    adam_beta2: Fraction = Field(0.95, description="Decay of AdamW's second moment.")
+    adam_eps: Positive = Field(1e-8, description="Epsilon of AdamW.")
+    max_grad_norm: Positive = Field(1.0, description="Norm to which gradients are clipped.")
+
+
+Tuning = Literal["full", "lora"]

@@ -1,0 +1,29 @@
+"""Errors a user can act on.
+
+Each message names the file, line, field or setting at fault, its value, and the remedy. Mistakes of
+our own are `assert`s and tracebacks, never these.
+"""
+
+
+class PipelineError(Exception):
+    """Base of every error that the command line prints without a traceback (exit code 2)."""
+
+
+class ConfigError(PipelineError):
+    """A configuration file or override is not valid."""
+
+
+class DataError(PipelineError):
+    """A dataset cannot be read, or its rows are not what the stage needs."""
+
+
+class ModelError(PipelineError):
+    """A model, tokenizer or adapter cannot be loaded, or does not fit the others."""
+
+
+class CheckpointError(PipelineError):
+    """An artifact or checkpoint is missing, incomplete, or not what its manifest says."""
+
+
+class TrainingError(PipelineError):
+    """Training met numbers it must not continue from (NaN, divergence)."""

@@ -1,0 +1,199 @@
+"""Named LoRA adapters on one frozen base.
+
+peft layers are injected into the model in place, without peft's wrapper: parameter names stay those
+of the model, and a role is switched by naming it in the layers. peft's own `set_adapter` also
+flips `requires_grad`, which after a DDP wrap leaves gradients unsynchronised without a word, so it
+is never called here.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from pipeline.config import LoraSection
+from pipeline.errors import ModelError
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_SAVED_PREFIX = "base_model.model."  # the prefix that PeftModel.from_pretrained expects
+
+
+def lora_config(lora: LoraSection) -> "LoraConfig":
+    """peft's configuration of one adapter."""
+    from peft import LoraConfig, TaskType
+
+    modules = lora.target_modules
+    return LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft computes with floats as well
+        lora_dropout=lora.dropout,
+        target_modules=modules if isinstance(modules, str) else list(modules),
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        bias="none",
+    )
+
+
+def add_adapter(model: Any, name: str, config: "LoraConfig") -> None:
+    """Inject adapter `name`; B starts at zero, so the model's outputs do not change.
+
+    All adapters of a model take the targets of the first one: `all-linear` resolved again on a
+    model that has adapters would find their own matrices.
+    """
+    from peft import inject_adapter_in_model
+
+    existing: dict[str, LoraConfig] = dict(getattr(model, "peft_config", {}))
+    assert name not in existing, f"adapter {name} exists already"
+    if existing:
+        config.target_modules = next(iter(existing.values())).target_modules
+        del model.peft_config  # peft warns of several adapters, which are what we want
+    try:
+        inject_adapter_in_model(config, model, adapter_name=name)
+    except ValueError as error:
+        raise ModelError(
+            f"lora.target_modules={config.target_modules!r} do not fit "
+            f"{type(model).__name__}: {error}"
+        ) from error
+    model.peft_config = {**existing, name: config}
+    for key, parameter in model.named_parameters():
+        if f".{name}." in key or key.endswith(f".{name}"):
+            # A frozen bf16 base keeps fp32 adapters: Adam's small steps vanish in bf16.
+            if parameter.dtype in (torch.bfloat16, torch.float16):
+                parameter.data = parameter.data.float()
+            parameter.requires_grad_(False)
+    activate(model, None)
+
+
+def copy_adapter(model: Any, source: str, target: str) -> None:
+    """Add adapter `target` as an exact copy of `source`."""
+    import copy
+
+    add_adapter(model, target, copy.deepcopy(model.peft_config[source]))
+    load_adapter_state(model, target, adapter_state(model, source))
+
+
+def remove_adapter(model: Any, name: str) -> None:
+    """Delete adapter `name` from every layer."""
+    activate(model, None)
+    for layer in tuner_layers(model):
+        layer._active_adapter = [other for other in adapter_names(model) if other != name][:1]
+        layer.delete_adapter(name)
+    del model.peft_config[name]
+    activate(model, None)
+
+
+def bake(model: Any, name: str) -> None:
+    """Write adapter `name` into the model's own weights and take every adapter off.
+
+    For copies that get weights of their own: merging rounds, so a shared base is never baked.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for path, layer in list(model.named_modules()):
+        if isinstance(layer, BaseTunerLayer):
+            layer.merge(adapter_names=[name])
+            parent, _, child = path.rpartition(".")
+            setattr(model.get_submodule(parent), child, layer.get_base_layer())
+    del model.peft_config
+
+
+def adapter_names(model: Any) -> set[str]:
+    """Names of the model's adapters."""
+    return set(getattr(model, "peft_config", {}))
+
+
+def tuner_layers(model: Any) -> list[Any]:
+    """The model's peft layers."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+
+
+def activate(model: Any, name: str | None) -> None:
+    """Make the next forward use adapter `name`, or the bare base; `requires_grad` stays.
+
+    Writes two private fields of peft 0.21 layers, the only way that leaves `requires_grad` alone;
+    a test holds peft to it.
+    """
+    for layer in tuner_layers(model):
+        layer._disable_adapters = name is None
+        if name is not None:
+            layer._active_adapter = [name]
+
+
+def adapter_parameters(model: Any, name: str) -> list[nn.Parameter]:
+    """The weights of adapter `name`."""
+    return [
+        parameter
+        for key, parameter in model.named_parameters()
+        if f".{name}." in key or key.endswith(f".{name}")
+    ]
+
+
+def adapter_state(model: Any, name: str) -> dict[str, torch.Tensor]:
+    """State of adapter `name` under peft's published keys."""
+    from peft import get_peft_model_state_dict
+
+    state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    return {key: value.detach().clone().contiguous() for key, value in state.items()}
+
+
+def load_adapter_state(model: Any, name: str, state: dict[str, torch.Tensor]) -> None:
+    """Set adapter `name` from a state of `adapter_state`.
+
+    Raises:
+        ModelError: the state has other keys or shapes than the adapter.
+    """
+    from peft import set_peft_model_state_dict
+
+    own = adapter_state(model, name)
+    wrong = sorted(
+        key
+        for key in own.keys() | state.keys()
+        if key not in own or key not in state or own[key].shape != state[key].shape
+    )
+    if wrong:
+        raise ModelError(
+            f"adapter {name!r} does not fit the base: {len(wrong)} of its weights differ in name "
+            f"or shape, the first is {wrong[0]}. Was it trained on another base, or with another "
+            "lora.rank or lora.target_modules?"
+        )
+    set_peft_model_state_dict(model, state, adapter_name=name)
+
+
+def save_adapter(model: Any, name: str, folder: Path, base_name: str) -> None:
+    """Write adapter `name` as a plain PEFT folder (`adapter_config.json`, safetensors)."""
+    import copy
+
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {_SAVED_PREFIX + key: value.cpu() for key, value in adapter_state(model, name).items()}
+    save_file(state, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    config = copy.deepcopy(model.peft_config[name])
+    config.base_model_name_or_path = base_name
+    config.inference_mode = True
+    if not isinstance(config.target_modules, str):
+        config.target_modules = sorted(config.target_modules)  # a set's order is not repeatable
+    config.save_pretrained(str(folder))
+
+
+def load_adapter(model: Any, name: str, folder: Path) -> None:
+    """Add adapter `name` from a plain PEFT folder."""
+    from peft import LoraConfig
+    from safetensors.torch import load_file
+
+    if not (folder / ADAPTER_WEIGHTS).exists():
+        raise ModelError(f"{folder} holds no {ADAPTER_WEIGHTS}: not a PEFT adapter in safetensors")
+    config = LoraConfig.from_pretrained(str(folder))
+    config.inference_mode = False
+    add_adapter(model, name, config)
+    state = load_file(folder / ADAPTER_WEIGHTS)
+    load_adapter_state(
+        model, name, {key.removeprefix(_SAVED_PREFIX): value for key, value in state.items()}
+    )

@@ -1,0 +1,56 @@
+"""How an architecture joins a prompt and its response into model inputs.
+
+Nothing else branches on architecture: a joiner turns a `TokenBatch` into inputs and says at which
+hidden state each response token is predicted.
+"""
+
+import inspect
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from pipeline.batches import TokenBatch
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Model inputs with the places of the response in them (T positions a row)."""
+
+    inputs: dict[str, Tensor]  # keyword arguments of the model's forward, (B, T) each
+    predictors: Tensor  # (B, R): position whose hidden state predicts response token t
+    last: Tensor  # (B,): position of the last response token
+
+
+class DecoderJoiner:
+    """Decoder-only models read the prompt and the response as one sequence."""
+
+    def __init__(self, model: Any, padding_side: Literal["left", "right"] = "right") -> None:
+        self.padding_side = padding_side
+        # BLOOM and other ALiBi models take no position ids: they count from the mask themselves.
+        self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+
+    def __call__(self, batch: TokenBatch) -> Joined:
+        """Join B prompts and responses; T is the longest joined row."""
+        prompt_width = batch.prompt_ids.shape[1]
+        lengths = batch.prompt_lengths + batch.response_lengths  # (B,)
+        width = int(lengths.max())
+        device = batch.prompt_ids.device
+        columns = torch.arange(width, device=device).expand(len(batch), width)
+        shift = (width - lengths if self.padding_side == "left" else lengths * 0).unsqueeze(1)
+        positions = columns - shift  # (B, T), negative on left padding
+        mask = (positions >= 0) & (positions < lengths.unsqueeze(1))
+        prompt_lengths = batch.prompt_lengths.unsqueeze(1)
+        both = torch.cat([batch.prompt_ids, batch.response_ids], dim=1)
+        source = torch.where(
+            positions < prompt_lengths, positions, positions - prompt_lengths + prompt_width
+        )
+        ids = both.gather(1, source.clamp(0, both.shape[1] - 1)).masked_fill(~mask, 0)
+        inputs = {"input_ids": ids, "attention_mask": mask.long()}
+        if self.takes_positions:
+            inputs["position_ids"] = positions.clamp(min=0).masked_fill(~mask, 0)
+        response_columns = torch.arange(batch.response_ids.shape[1], device=device)
+        first = prompt_lengths + shift - 1  # (B, 1): the prompt's last token predicts token 0
+        predictors = (first + response_columns).clamp(max=width - 1)
+        return Joined(inputs, predictors, (lengths.unsqueeze(1) + shift - 1).squeeze(1))

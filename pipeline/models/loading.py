@@ -1,0 +1,192 @@
+"""Base models and tokenizers: from the Hub, from a folder, or small ones built from a config."""
+
+import hashlib
+import inspect
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.config import ArchitectureSection, ModelSection
+from pipeline.errors import ConfigError, ModelError
+from pipeline.runfolder import file_hash
+
+END_TOKEN = "<|end|>"
+PAD_TOKEN = "<|pad|>"
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch type of a `model.dtype`."""
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def load_pretrained(section: ModelSection, path: str, revision: str | None) -> tuple[Any, Any]:
+    """A decoder and its tokenizer from a Hub id or a local folder.
+
+    Raises:
+        ModelError: missing, gated, unsafe (pickled weights) or of an architecture that PPO cannot
+            train; says what to do.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    options = {"revision": revision or "main", "trust_remote_code": section.trust_remote_code}
+    with explain_load_errors(path, revision):
+        config = load_config(section, path, revision)
+        tokenizer = AutoTokenizer.from_pretrained(path, **options)
+        model = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=config,
+            dtype=torch_dtype(section.dtype),
+            attn_implementation=section.attn_implementation,
+            use_safetensors=True,
+            **options,
+        )
+    return model, tokenizer
+
+
+def load_config(section: ModelSection, path: str, revision: str | None) -> Any:
+    """The architecture's config of a Hub id or folder; refuses what is not a decoder."""
+    from transformers import AutoConfig
+
+    with explain_load_errors(path, revision):
+        config = AutoConfig.from_pretrained(
+            path, revision=revision or "main", trust_remote_code=section.trust_remote_code
+        )
+    if config.is_encoder_decoder:
+        raise ModelError(
+            f"{path} is an encoder-decoder ({config.model_type}); policies are decoder-only "
+            "models for now"
+        )
+    return config
+
+
+def build_from_config(section: ArchitectureSection, tokenizer: Any, dtype: torch.dtype) -> Any:
+    """A decoder with random weights for a tokenizer's vocabulary (torch's global RNG).
+
+    Raises:
+        ConfigError: the architecture does not exist, or its fields do not fit one another.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    if section.model_type not in CONFIG_MAPPING:
+        raise ConfigError(
+            f"model.architecture.model_type={section.model_type!r} is not an architecture of "
+            "transformers; small ones that work here: llama, qwen3, gpt_neox, gpt2, phi"
+        )
+    fields = section.model_dump(exclude={"model_type", "extra"})
+    known = inspect.signature(CONFIG_MAPPING[section.model_type].__init__).parameters
+    if "num_key_value_heads" in known:
+        fields["num_key_value_heads"] = section.num_attention_heads
+    if "head_dim" in known:
+        fields["head_dim"] = section.hidden_size // section.num_attention_heads
+    fields |= section.extra
+    config = AutoConfig.for_model(
+        section.model_type,
+        vocab_size=len(tokenizer),
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **fields,
+    )
+    try:
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except (ValueError, RuntimeError, AssertionError) as error:
+        raise ConfigError(f"model.architecture cannot be built: {error}") from error
+
+
+def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> Any:
+    """A byte-level BPE tokenizer trained on `texts`: any script, no unknown token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if vocabulary_size < len(alphabet) + 2:
+        raise ConfigError(
+            f"model.vocabulary_size={vocabulary_size} is below {len(alphabet) + 2}: 256 bytes and "
+            "the two special tokens"
+        )
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary_size,
+        special_tokens=[PAD_TOKEN, END_TOKEN],
+        initial_alphabet=sorted(alphabet),
+        show_progress=False,
+    )
+    raw.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw, eos_token=END_TOKEN, pad_token=PAD_TOKEN, padding_side="left"
+    )
+
+
+def stop_ids(model: Any) -> frozenset[int]:
+    """Every id that ends a response according to the model's generation config."""
+    eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    if eos is None:
+        return frozenset()
+    return frozenset(eos if isinstance(eos, list) else [eos])
+
+
+def base_identity(path: str, revision: str | None) -> str:
+    """What identifies the weights of a folder (their hash) or a Hub model (id and revision)."""
+    if Path(path).is_dir():
+        return folder_identity(Path(path))
+    return f"{path}@{revision or 'main'}"
+
+
+def folder_identity(folder: Path) -> str:
+    """SHA-256 over the weight files of a model folder: what adapters trained on it belong to."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ModelError(f"{folder} holds no .safetensors weights; {_CONVERT}")
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(f"{path.name}:{file_hash(path)}\n".encode())
+    return digest.hexdigest()
+
+
+_CONVERT = (
+    "pickled weights (.bin, .pt) can run code when loaded and are refused: convert them once with "
+    "transformers' save_pretrained, or name a revision that has safetensors"
+)
+
+
+@contextmanager
+def explain_load_errors(path: str, revision: str | None) -> Iterator[None]:
+    """Turn transformers' and the Hub's errors into a `ModelError` that says what to do."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise ModelError(f"model {path!r}: {_advice(error, revision)}") from error
+
+
+def _advice(error: BaseException, revision: str | None) -> str:
+    text = f"{type(error).__name__} {error} {error.__cause__!r}"
+    if "gated" in text.lower() or "401" in text or "403" in text:
+        return (
+            "access is refused. If it is gated, accept its licence on its Hub page; then run "
+            "`hf auth login` or set HF_TOKEN."
+        )
+    if "safetensors" in text and "does not appear to have a file" in text:
+        return f"it has no safetensors weights; {_CONVERT}."
+    if "trust_remote_code" in text:
+        return (
+            "it needs Python code from its repository. Read that code, then set "
+            "model.trust_remote_code=true and a fixed model.revision."
+        )
+    if "RevisionNotFound" in text:
+        return f"it has no revision {revision!r}. Set model.revision to one it has."
+    if "RepositoryNotFound" in text or "not a valid model identifier" in text:
+        return "no such folder here and no such model on the Hub. Check model.path."
+    if any(word in text for word in ("OfflineMode", "LocalEntryNotFound", "couldn't connect")):
+        return (
+            "it is neither a local folder nor in the local Hub cache, and the Hub cannot be "
+            "reached. Download it where there is a network (`hf download`), or set model.path "
+            "to a folder."
+        )
+    return f"{type(error).__name__}: {error}"

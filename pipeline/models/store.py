@@ -1,0 +1,254 @@
+"""The models of a process: one base in memory, artifacts written and opened as handles.
+
+Stages never load weights themselves. `open` answers with the live handle while the process that
+made an artifact still runs, and rebuilds it from the files otherwise, to the same numbers.
+
+An artifact folder holds `handle.json`, `tokenizer/`, and: `adapter/` (plain PEFT) on a base that
+`handle.json` names, or `model/` (plain transformers) where the role has weights of its own; with
+`head.safetensors` where the role has a head.
+"""
+
+import copy
+import os
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.codec import Codec
+from pipeline.config import DataSection, LoraSection, ModelSection, Tuning
+from pipeline.errors import ModelError
+from pipeline.models import adapters, loading
+from pipeline.models.heads import ScalarHead
+from pipeline.models.trunk import BaseOrigin, Handle, Role, Trunk
+from pipeline.runfolder import read_json, verify, write_json_atomic
+
+HANDLE = "handle.json"
+
+
+class ModelStore:
+    """Opens, keeps and saves the handles of a run."""
+
+    def __init__(
+        self, model: ModelSection, data: DataSection, device: torch.device | str = "cpu"
+    ) -> None:
+        self.section = model
+        self.data = data
+        self.device = torch.device(device)
+        self._trunks: dict[str, Trunk] = {}  # by identity of the base
+        self._live: dict[Path, Handle] = {}  # by artifact folder
+
+    # --- starting points ---
+
+    def pretrained(self, path: str | None = None, revision: str | None = None) -> Handle:
+        """The bare model of a Hub id or folder (default: `model.path`)."""
+        if path is None:
+            assert self.section.path is not None
+            path, revision = self.section.path, self.section.revision
+        trunk, tokenizer = self._load_base(path, revision)
+        codec = self._codec(tokenizer, loading.stop_ids(trunk.model))
+        return Handle(trunk, Role("base"), codec)
+
+    def build(self, texts: list[str]) -> Handle:
+        """A small model with random weights and a tokenizer trained on `texts` (init: config)."""
+        tokenizer = loading.train_tokenizer(texts, self.section.vocabulary_size)
+        model = loading.build_from_config(
+            self.section.architecture, tokenizer, loading.torch_dtype(self.section.dtype)
+        )
+        trunk = Trunk(model, BaseOrigin("model.architecture", "random")).to(self.device)
+        trunk.freeze()
+        return Handle(trunk, Role("base"), self._codec(tokenizer, frozenset()))
+
+    def resolve(self, resource: str, stage: str) -> Handle:
+        """The handle that a user names: a run, an artifact, a PEFT adapter, a model, a Hub id.
+
+        Of a run, the artifact of `stage` is taken.
+        """
+        folder = Path(resource)
+        for artifact in (folder / stage / "artifact", folder / "artifact", folder):
+            if (artifact / HANDLE).exists():
+                verify(artifact)
+                return self.open(artifact)
+        if (folder / "config.yaml").exists() and not (folder / "config.json").exists():
+            raise ModelError(f"run {folder} has no finished {stage} stage: run `rlhf {stage}`")
+        if (folder / "adapter_config.json").exists():
+            return self._open_peft(folder)
+        return self.pretrained(resource)
+
+    # --- roles ---
+
+    def fork(self, handle: Handle, name: str) -> Handle:
+        """The same model in memory of its own: what full fine-tuning trains."""
+        source = handle.trunk
+        trunk = Trunk(copy.deepcopy(source.model), source.origin).to(self.device)
+        for head_name, head in source.heads.items():
+            trunk.heads[head_name] = copy.deepcopy(head)
+        trunk.freeze()
+        return Handle(trunk, replace(handle.role, name=name), handle.codec)
+
+    def trainable_copy(
+        self, source: Handle, name: str, tuning: Tuning, lora: LoraSection
+    ) -> Handle:
+        """The same function as `source`, computed with weights of its own to train.
+
+        `lora` adds an adapter to the shared base: a copy of the source's, or a fresh one. `full`
+        copies all weights; an adapter of the source is merged into the copy.
+        """
+        if tuning == "full":
+            copied = self.fork(source, name)
+            if source.role.adapter is not None:
+                adapters.bake(copied.trunk.model, source.role.adapter)
+            return copied.with_role(name, adapter=None)
+        model = source.trunk.model
+        adapter = _free_name(name, adapters.adapter_names(model))
+        if source.role.adapter is not None:
+            adapters.copy_adapter(model, source.role.adapter, adapter)
+        else:
+            adapters.add_adapter(model, adapter, adapters.lora_config(lora))
+        return source.with_role(name, adapter=adapter)
+
+    # --- artifacts ---
+
+    def save(self, handle: Handle, folder: Path, *, live: bool = True) -> None:
+        """Write a handle as an artifact, and let the live handle stand for it from now on.
+
+        With `live=False` the files alone count, as for a checkpoint of weights still in training.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        trunk, role = handle.trunk, handle.role
+        handle.codec.save(folder / "tokenizer")
+        base = None
+        if role.adapter is None:
+            self._save_model(handle, folder / "model")
+            if live:
+                identity = loading.folder_identity(folder / "model")
+                trunk.origin = BaseOrigin(str((folder / "model").resolve()), identity)
+                # Training moved the weights: the trunk is no longer the base it was loaded as.
+                self._trunks = {k: kept for k, kept in self._trunks.items() if kept is not trunk}
+                self._trunks[identity] = trunk
+        else:
+            origin = trunk.origin
+            local = Path(origin.path).is_dir()
+            path = os.path.relpath(origin.path, folder.resolve()) if local else origin.path
+            base = asdict(replace(origin, path=path))
+            adapters.save_adapter(trunk.model, role.adapter, folder / "adapter", origin.path)
+        if role.head is not None:
+            save_head(trunk.heads[role.head], folder / "head.safetensors")
+        write_json_atomic(
+            folder / HANDLE, {"format": 1, "role": role.name, "head": role.head, "base": base}
+        )
+        if live:
+            self._live[folder.resolve()] = handle
+        else:
+            self._live.pop(folder.resolve(), None)
+
+    def open(self, folder: Path) -> Handle:
+        """The handle of an artifact: the live one, or one rebuilt from its files.
+
+        Raises:
+            ModelError: the base it was trained on is gone or another one.
+            CheckpointError: a file is missing or damaged.
+        """
+        folder = folder.resolve()
+        if folder in self._live:
+            return self._live[folder]
+        info = read_json(folder / HANDLE)
+        codec = Codec.load(folder / "tokenizer")
+        adapter = head = None
+        if info["base"] is None:
+            trunk, _ = self._load_base(str(folder / "model"), None)
+        else:
+            trunk = self._base_of(info["base"], folder)
+            adapter = _free_name(info["role"], adapters.adapter_names(trunk.model))
+            adapters.load_adapter(trunk.model, adapter, folder / "adapter")
+        if info["head"] is not None:
+            head = _free_name(info["head"], set(trunk.heads))
+            trunk.add_head(head, load_head(folder / "head.safetensors"))
+        trunk.freeze()
+        handle = Handle(trunk, Role(info["role"], adapter, head), codec)
+        self._live[folder] = handle
+        return handle
+
+    def is_on(self, handle: Handle, other: Handle) -> bool:
+        """Whether two handles share one base in memory."""
+        return handle.trunk is other.trunk
+
+    # --- inside ---
+
+    def _codec(self, tokenizer: Any, stop_ids: frozenset[int]) -> Codec:
+        return Codec(
+            tokenizer,
+            stop_ids=stop_ids,
+            chat_template=self.section.chat_template,
+            max_prompt_tokens=self.data.max_prompt_tokens,
+            max_response_tokens=self.data.max_response_tokens,
+        )
+
+    def _load_base(self, path: str, revision: str | None) -> tuple[Trunk, Any]:
+        identity = loading.base_identity(path, revision)
+        if identity in self._trunks:
+            trunk = self._trunks[identity]
+            return trunk, trunk.tokenizer
+        model, tokenizer = loading.load_pretrained(self.section, path, revision)
+        trunk = Trunk(model, BaseOrigin(path, identity, revision)).to(self.device)
+        trunk.tokenizer = tokenizer
+        trunk.freeze()
+        self._trunks[identity] = trunk
+        return trunk, tokenizer
+
+    def _base_of(self, base: dict[str, Any], folder: Path) -> Trunk:
+        origin = BaseOrigin(**base)
+        if origin.identity in self._trunks:
+            return self._trunks[origin.identity]
+        beside = (folder / origin.path).resolve()
+        path = str(beside) if beside.is_dir() else origin.path
+        found = loading.base_identity(path, origin.revision)
+        if found != origin.identity:
+            raise ModelError(
+                f"the adapter in {folder} was trained on a base with the weights "
+                f"{origin.identity[:12]}, but {path} holds {found[:12]}"
+            )
+        return self._load_base(path, origin.revision)[0]
+
+    def _open_peft(self, folder: Path) -> Handle:
+        config = read_json(folder / "adapter_config.json")
+        base_path = config["base_model_name_or_path"]
+        beside = (folder / base_path).resolve()
+        base = self.pretrained(str(beside) if beside.is_dir() else base_path, config["revision"])
+        name = _free_name("policy", adapters.adapter_names(base.trunk.model))
+        adapters.load_adapter(base.trunk.model, name, folder)
+        return base.with_role("policy", adapter=name)
+
+    def _save_model(self, handle: Handle, folder: Path) -> None:
+        model = handle.trunk.model
+        state = dict(handle.trunk.base_state())
+        model.save_pretrained(str(folder), state_dict=state)
+        handle.codec.save_tokenizer(folder)
+
+
+def save_head(head: Any, path: Path) -> None:
+    """Write a scalar head with its shift and scale."""
+    from safetensors.torch import save_file
+
+    save_file({key: value.cpu().contiguous() for key, value in head.state_dict().items()}, path)
+
+
+def load_head(path: Path) -> ScalarHead:
+    """Read a scalar head."""
+    from safetensors.torch import load_file
+
+    state = load_file(path)
+    head = ScalarHead(state["weight"].numel(), state["weight"].dtype)
+    head.load_state_dict(state)
+    return head
+
+
+def _free_name(name: str, taken: set[str]) -> str:
+    """`name`, or `name-2`, ... if the trunk has one already (two artifacts of one role)."""
+    number = 1
+    free = name
+    while free in taken:
+        number += 1
+        free = f"{name}-{number}"
+    return free

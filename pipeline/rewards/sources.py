@@ -1,0 +1,214 @@
+"""Reward sources: our reward model, any sequence classifier, a Python function."""
+
+import importlib.util
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from pipeline.batches import TokenBatch, micro_batches
+from pipeline.config import ModelSection
+from pipeline.errors import ConfigError, ModelError, TrainingError
+from pipeline.models.loading import explain_load_errors, torch_dtype
+from pipeline.models.store import HANDLE, ModelStore
+from pipeline.models.trunk import Handle
+from pipeline.records import Prompt
+from pipeline.rewards.source import Completions, RewardSource
+
+
+class ModelReward:
+    """A reward model of ours: reads the sampled ids, so that nothing is decoded and encoded."""
+
+    def __init__(self, handle: Handle, token_budget: int = 8192) -> None:
+        self.handle = handle
+        self.name = handle.role.name
+        self.token_budget = token_budget
+
+    @torch.no_grad()
+    def score(self, completions: Completions) -> list[float]:
+        """See `RewardSource`."""
+        pairs = list(zip(completions.prompt_ids, completions.completion_ids, strict=True))
+        scores = [0.0] * len(pairs)
+        lengths = [len(prompt) + len(response) for prompt, response in pairs]
+        for rows in micro_batches(lengths, self.token_budget):
+            batch = TokenBatch.from_ragged(
+                [pairs[row][0] for row in rows],
+                [pairs[row][1] for row in rows],
+                self.handle.codec.pad_id,
+            )
+            out = self.handle(batch, {"scores"}).scores
+            assert out is not None
+            for row, score in zip(rows, out.tolist(), strict=True):
+                scores[row] = score
+        return checked(self.name, scores, completions)
+
+
+class SequenceClassificationReward:
+    """Any sequence classifier of transformers with one label; reads text with its own tokenizer."""
+
+    def __init__(
+        self, path: str, section: ModelSection, device: torch.device, batch_rows: int = 16
+    ) -> None:
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        self.name = Path(path).name
+        self.batch_rows = batch_rows
+        self.device = device
+        with explain_load_errors(path, None):
+            code = section.trust_remote_code
+            self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=code)
+            self.model = AutoModelForSequenceClassification.from_pretrained(
+                path,
+                dtype=torch_dtype(section.dtype),
+                use_safetensors=True,
+                trust_remote_code=code,
+            )
+        if self.model.config.num_labels != 1:
+            raise ModelError(
+                f"{path} has {self.model.config.num_labels} labels; a reward model has one "
+                "(num_labels: 1 in its config.json)"
+            )
+        if self.tokenizer.pad_token is None:
+            raise ModelError(
+                f"the tokenizer of {path} has no pad token, so batches would be scored at the "
+                "wrong token: set pad_token in its tokenizer_config.json and pad_token_id in its "
+                "config.json"
+            )
+        self.model.config.pad_token_id = self.tokenizer.pad_token_id
+        self.tokenizer.padding_side = "right"
+        self.model.to(device).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def score(self, completions: Completions) -> list[float]:
+        """See `RewardSource`."""
+        texts = [
+            self._render(prompt, text)
+            for prompt, text in zip(completions.prompts, completions.texts, strict=True)
+        ]
+        scores: list[float] = []
+        for start in range(0, len(texts), self.batch_rows):
+            batch = self.tokenizer(
+                texts[start : start + self.batch_rows],
+                padding=True,
+                truncation=True,
+                add_special_tokens=not self.tokenizer.chat_template,
+                return_tensors="pt",
+            ).to(self.device)
+            scores += self.model(**batch).logits[:, 0].float().tolist()
+        return checked(self.name, scores, completions)
+
+    def _render(self, prompt: Prompt, text: str) -> str:
+        if self.tokenizer.chat_template:
+            messages = [*_messages(prompt), {"role": "assistant", "content": text}]
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False))
+        if isinstance(prompt.prompt, str):
+            return prompt.prompt + text
+        turns = [f"{turn.role}: {turn.content}" for turn in prompt.prompt]
+        return "\n\n".join([*turns, f"assistant: {text}"])
+
+
+class FunctionReward:
+    """A Python function `file.py:function` in TRL's convention.
+
+    `f(prompts, completions, completion_ids, **columns) -> list[float]`; plain prompts and their
+    completions come as strings, conversations as lists of messages. The prompts' further columns
+    come as lists, and `ended` tells which completions a stop token ended.
+    """
+
+    def __init__(self, reference: str) -> None:
+        self.reference = reference
+        self.function = load_function(reference)
+        self.name = reference.rpartition(":")[2]
+
+    def score(self, completions: Completions) -> list[float]:
+        """See `RewardSource`."""
+        names = sorted({name for prompt in completions.prompts for name in prompt.columns})
+        columns: dict[str, list[Any]] = {
+            name: [prompt.columns.get(name) for prompt in completions.prompts] for name in names
+        }
+        columns["ended"] = list(completions.ended)
+        texts: list[Any] = [
+            text if isinstance(prompt.prompt, str) else [{"role": "assistant", "content": text}]
+            for prompt, text in zip(completions.prompts, completions.texts, strict=True)
+        ]
+        prompts = [
+            prompt.prompt if isinstance(prompt.prompt, str) else _messages(prompt)
+            for prompt in completions.prompts
+        ]
+        try:
+            scores = self.function(
+                prompts=prompts,
+                completions=texts,
+                completion_ids=[list(ids) for ids in completions.completion_ids],
+                **columns,
+            )
+        except Exception as error:  # a user's function may raise anything
+            raise TrainingError(
+                f"reward {self.reference} raised {type(error).__name__}: {error}"
+            ) from error
+        return checked(self.name, scores, completions)
+
+
+def open_reward(resource: str, store: ModelStore, section: ModelSection) -> RewardSource:
+    """The reward source that a user names: a function, a run or artifact of ours, a classifier."""
+    if ".py:" in resource:
+        return FunctionReward(resource)
+    folder = Path(resource)
+    ours = (folder / "reward" / "artifact", folder / "artifact", folder)
+    if any((path / HANDLE).exists() for path in ours) or (folder / "config.yaml").exists():
+        handle = store.resolve(resource, "reward")
+        if handle.role.head is None:
+            raise ModelError(f"{resource} holds a {handle.role.name} model, which gives no scores")
+        return ModelReward(handle)
+    return SequenceClassificationReward(resource, section, store.device)
+
+
+def load_function(reference: str) -> Callable[..., Any]:
+    """The function of a `file.py:function` reference.
+
+    Raises:
+        ConfigError: no such file or function, or the file fails on import.
+    """
+    path, _, name = reference.rpartition(":")
+    if not Path(path).is_file():
+        raise ConfigError(f"{reference}: there is no file {path} (looked up beside the config)")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    assert spec is not None and spec.loader is not None
+    module: ModuleType = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # a user's file may raise anything
+        raise ConfigError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise ConfigError(f"{path} has no function {name!r}")
+    result: Callable[..., Any] = function
+    return result
+
+
+def checked(name: str, scores: Sequence[Any], completions: Completions) -> list[float]:
+    """Scores as floats, or a `TrainingError` that names the source and the rows at fault."""
+    try:
+        values = [float(score) for score in scores]
+    except (TypeError, ValueError) as error:
+        raise TrainingError(f"reward {name} must return a list of numbers: {error}") from error
+    if len(values) != len(completions):
+        raise TrainingError(
+            f"reward {name} returned {len(values)} scores for {len(completions)} completions"
+        )
+    bad = [row for row, value in enumerate(values) if not math.isfinite(value)]
+    if bad:
+        raise TrainingError(
+            f"reward {name} returned {values[bad[0]]} for {len(bad)} of {len(values)} completions; "
+            f"the first is row {bad[0]}: {completions.texts[bad[0]]!r}"
+        )
+    return values
+
+
+def _messages(prompt: Prompt) -> list[dict[str, str]]:
+    if isinstance(prompt.prompt, str):
+        return [{"role": "user", "content": prompt.prompt}]
+    return [{"role": turn.role, "content": turn.content} for turn in prompt.prompt]

@@ -1,0 +1,56 @@
+"""What a stage is, and what the chain gives it to work with."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from rich.console import Console
+
+from pipeline.runfolder import RunFolder, StageFolder
+
+if TYPE_CHECKING:
+    from pipeline.data import Corpus
+    from pipeline.distributed import Runtime
+    from pipeline.models.store import ModelStore
+    from pipeline.tracking import Tracker
+
+Summary = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the chain hands to a stage."""
+
+    config: Any  # the whole frozen RunConfig; a stage reads its section and the common ones
+    runtime: "Runtime"
+    corpus: "Corpus"
+    store: "ModelStore"
+    run: RunFolder
+    folder: StageFolder
+    parents: Mapping[str, Path]  # artifact folder of each finished stage that this one needs
+    tracker: "Tracker"
+    console: Console
+
+
+class Stage(Protocol):
+    """One link of the chain. Stages meet through artifacts and handles only."""
+
+    name: str  # its section of the config and its folder in the run
+    title: str  # what people read when it starts
+
+    def needs(self, config: Any) -> tuple[str, ...]:
+        """Names of the stages whose artifacts it reads."""
+        ...
+
+    def reads(self, config: Any) -> tuple[str, ...]:
+        """Kinds of data it reads: demonstrations, rankings, prompts."""
+        ...
+
+    def resources(self, config: Any) -> Mapping[str, str]:
+        """Files and folders beyond data and parents that its result depends on, by field name."""
+        ...
+
+    def run(self, context: Context) -> Summary:
+        """Do the work, leave the artifact in `context.folder.artifact`, return key numbers."""
+        ...

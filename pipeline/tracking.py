@@ -1,0 +1,82 @@
+"""Metrics: `metrics.jsonl` always, and accelerate's trackers when asked.
+
+A tracker that fails (no network, no account) is dropped with one message; training goes on.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+
+class Tracker:
+    """Writes each step's metrics; only the main process holds an active one."""
+
+    def __init__(
+        self,
+        folder: Path,
+        run_name: str,
+        trackers: Sequence[str],
+        console: Console,
+        active: bool = True,
+    ) -> None:
+        self.path = folder / "metrics.jsonl"
+        self.active = active
+        self._console = console
+        self._trackers: list[Any] = []
+        if not active:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = self.path.open("a", encoding="utf-8")
+        for name in trackers:
+            self._attempt(name, lambda name=name: self._start(name, run_name, folder))
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record the metrics of one step; numbers that are not finite become null."""
+        if not self.active:
+            return
+        row: dict[str, float | int | None] = {"step": step}
+        row |= {k: v if math.isfinite(v) else None for k, v in metrics.items()}
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        finite = {key: value for key, value in row.items() if value is not None and key != "step"}
+        for tracker in list(self._trackers):
+            if not self._attempt(
+                tracker.name, lambda tracker=tracker: tracker.log(finite, step=step)
+            ):
+                self._trackers.remove(tracker)
+
+    def close(self) -> None:
+        """Finish the trackers and the file."""
+        if not self.active:
+            return
+        for tracker in self._trackers:
+            self._attempt(tracker.name, tracker.finish)
+        self._file.close()
+        self.active = False
+
+    def _start(self, name: str, run_name: str, folder: Path) -> None:
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+        kind = LOGGER_TYPE_TO_CLASS[name]
+        tracker = (
+            kind(run_name, logging_dir=str(folder))
+            if kind.requires_logging_directory
+            else kind(run_name)
+        )
+        if hasattr(tracker, "start"):
+            tracker.start()
+        self._trackers.append(tracker)
+
+    def _attempt(self, name: str, action: Any) -> bool:
+        try:
+            action()
+        except Exception as error:  # whatever a third-party tracker raises must not stop training
+            self._console.print(
+                f"[yellow]tracker {name} is off: {error}[/] (metrics.jsonl goes on)"
+            )
+            return False
+        return True

@@ -1,0 +1,179 @@
+"""The chain's bookkeeping with stages that only count how often they run."""
+
+import json
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+
+import pipeline.chain
+from pipeline.chain import Chain, difference
+from pipeline.config import DataSection, LoraSection, ModelSection, RunSection, Section
+from pipeline.errors import CheckpointError, TrainingError
+from pipeline.runfolder import RunFolder
+
+
+class StepSection(Section):
+    rate: float = 1.0
+    tuning: str = "full"
+
+
+class Config(Section):
+    run: RunSection
+    model: ModelSection = ModelSection(path="m")
+    lora: LoraSection = LoraSection()
+    data: DataSection = DataSection()
+    first: StepSection = StepSection()
+    second: StepSection = StepSection()
+
+
+@dataclass
+class Step:
+    name: str
+    parents: tuple[str, ...] = ()
+    title: str = "Step"
+    ran: list[str] = field(default_factory=list)
+    fails: bool = False
+
+    def needs(self, config):
+        return self.parents
+
+    def reads(self, config):
+        return ("prompts",)
+
+    def resources(self, config):
+        return {}
+
+    def run(self, context):
+        self.ran.append(context.config.run.name)
+        if self.fails:
+            raise TrainingError("loss is not finite")
+        texts = [(path / "out.txt").read_text() for path in context.parents.values()]
+        rate = getattr(context.config, self.name).rate
+        (context.folder.artifact / "out.txt").write_text("".join(texts) + f"{self.name}={rate};")
+        return {"rate": rate}
+
+
+@pytest.fixture(autouse=True)
+def world(monkeypatch):
+    """No models and no data: the chain's own work is under test."""
+    runtime = SimpleNamespace(is_main=True, device="cpu", barrier=lambda: None)
+    corpus = SimpleNamespace(fingerprint=lambda kind: "data-1", report={})
+    monkeypatch.setattr(Chain, "runtime", runtime)
+    monkeypatch.setattr(Chain, "corpus", corpus)
+    monkeypatch.setattr(Chain, "store", None)
+    monkeypatch.setattr(pipeline.chain, "environment", dict)
+    return corpus
+
+
+@pytest.fixture
+def run(tmp_path):
+    steps = [Step("first"), Step("second", ("first",))]
+
+    def go(name="a", only=None, sources=(), **sections):
+        config = Config(
+            run=RunSection(name=name, folder=str(tmp_path), trackers=()),
+            **{key: StepSection(**value) for key, value in sections.items()},
+        )
+        for step in steps:
+            step.ran.clear()
+        sources = [tmp_path / source for source in sources]
+        Chain(config, steps, Console(quiet=True), sources).run(only)
+        return [step.name for step in steps if step.ran]
+
+    go.steps, go.folder = steps, tmp_path
+    return go
+
+
+def test_unchanged_stages_are_reused(run):
+    assert run() == ["first", "second"]
+    assert run() == []
+
+
+def test_a_changed_stage_runs_again_with_those_that_follow_it(run):
+    run()
+    assert run(second={"rate": 2}) == ["second"]
+    assert run(first={"rate": 3}, second={"rate": 2}) == ["first", "second"]
+    out = RunFolder(run.folder / "a").stage("second").artifact / "out.txt"
+    assert out.read_text() == "first=3.0;second=2.0;"
+
+
+def test_going_back_to_an_earlier_configuration_finds_its_work_again(run):
+    run()
+    run(second={"rate": 2})
+    assert run() == []
+    out = RunFolder(run.folder / "a").stage("second").artifact / "out.txt"
+    assert out.read_text() == "first=1.0;second=1.0;"
+
+
+def test_changed_data_runs_everything_again(run, world):
+    run()
+    world.fingerprint = lambda kind: "data-2"
+    assert run() == ["first", "second"]
+
+
+def test_finished_stages_are_taken_over_from_another_run(run):
+    run("a")
+    assert run("b", sources=["a"], second={"rate": 2}) == ["second"]
+    manifest = json.loads((run.folder / "b/first/artifact/manifest.json").read_text())
+    assert manifest["summary"] == {"rate": 1.0}
+    assert (run.folder / "a/first/artifact/out.txt").exists()
+
+
+def test_a_source_that_is_no_run_is_refused(run):
+    with pytest.raises(CheckpointError, match="no run lies there"):
+        run(sources=["nowhere"])
+
+
+def test_one_stage_alone_uses_what_those_before_it_left(run):
+    assert run(only="first") == ["first"]
+    assert run(only="second") == ["second"]
+
+
+def test_one_stage_alone_says_what_is_missing(run):
+    with pytest.raises(CheckpointError, match="second needs first, which has not finished"):
+        run(only="second")
+
+
+def test_one_stage_alone_shows_the_difference_to_what_is_there(run):
+    run()
+    with pytest.raises(CheckpointError, match=r"section\.rate: 1\.0 -> 5\.0"):
+        run(only="second", first={"rate": 5})
+
+
+def test_a_damaged_artifact_is_made_again(run):
+    run()
+    (run.folder / "a/first/artifact/out.txt").write_text("bits")
+    # first's key has not changed, so second's work still stands
+    assert run() == ["first"]
+
+
+def test_a_stage_that_failed_leaves_no_artifact_and_starts_again(run):
+    run.steps[1].fails = True
+    with pytest.raises(TrainingError):
+        run()
+    assert RunFolder(run.folder / "a").stage("second").manifest() is None
+    run.steps[1].fails = False
+    assert run() == ["second"]
+
+
+def test_lora_settings_change_only_the_stages_that_train_adapters(run, tmp_path):
+    def keys(lora):
+        config = Config(
+            run=RunSection(name="k", folder=str(tmp_path)),
+            lora=lora,
+            second=StepSection(tuning="lora"),
+        )
+        plans = Chain(config, run.steps, Console(quiet=True)).plan()
+        return plans["first"].key, plans["second"].key
+
+    (first_a, second_a), (first_b, second_b) = keys(LoraSection(rank=4)), keys(LoraSection(rank=8))
+    assert first_a == first_b
+    assert second_a != second_b
+
+
+def test_difference_names_the_changed_leaves():
+    old = {"section": {"optim": {"lr": 1e-3, "eps": 1e-8}}, "data": {"p": "x"}}
+    new = {"section": {"optim": {"lr": 2e-3, "eps": 1e-8}}, "data": {"p": "y"}}
+    assert difference(old, new) == 'data.p: "x" -> "y", section.optim.lr: 0.001 -> 0.002'

@@ -1,0 +1,146 @@
+"""Reward sources: what they are given, what they return, and how they fail."""
+
+import pytest
+import torch
+
+from pipeline.config import ModelSection
+from pipeline.errors import ConfigError, ModelError, TrainingError
+from pipeline.records import Message, Prompt
+from pipeline.rewards import (
+    Completions,
+    FunctionReward,
+    ModelReward,
+    SequenceClassificationReward,
+    open_reward,
+)
+
+
+def completions(texts, prompt="q", **columns):
+    prompts = [
+        Prompt(prompt, {name: values[row] for name, values in columns.items()})
+        for row in range(len(texts))
+    ]
+    ids = [[1, 2]] * len(texts)
+    return Completions(prompts, ids, ids, texts, [True] * len(texts))
+
+
+@pytest.fixture
+def function_file(tmp_path):
+    def write(body):
+        path = tmp_path / "judge.py"
+        path.write_text(body, encoding="utf-8")
+        return f"{path}:score"
+
+    return write
+
+
+def test_a_function_gets_trls_arguments_and_columns(function_file):
+    source = FunctionReward(
+        function_file(
+            "def score(prompts, completions, completion_ids, target, ended, **rest):\n"
+            "    assert completion_ids == [[1, 2]] * len(prompts) and all(ended) and not rest\n"
+            "    return [float(p + c == t) for p, c, t in zip(prompts, completions, target)]\n"
+        )
+    )
+    batch = completions([" 안녕", " no"], target=["q 안녕", "q 안녕"])
+    assert source.score(batch) == [1.0, 0.0]
+    assert source.name == "score"
+
+
+def test_a_function_gets_conversations_as_messages(function_file):
+    source = FunctionReward(
+        function_file(
+            "def score(prompts, completions, **rest):\n"
+            "    assert prompts[0] == [{'role': 'user', 'content': 'hi'}]\n"
+            "    assert completions[0] == [{'role': 'assistant', 'content': 'yes'}]\n"
+            "    return [2.5]\n"
+        )
+    )
+    assert source.score(completions(["yes"], prompt=(Message("user", "hi"),))) == [2.5]
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        ("[1.0]", "returned 1 scores for 2 completions"),
+        ("[1.0, float('nan')]", r"returned nan for 1 of 2 completions.*row 1: ' b'"),
+        ("['good', 'bad']", "must return a list of numbers"),
+        ("1 / 0", "ZeroDivisionError: division by zero"),
+    ],
+)
+def test_a_function_that_fails_is_named_with_its_rows(function_file, returned, message):
+    source = FunctionReward(function_file(f"def score(**rest):\n    return {returned}\n"))
+    with pytest.raises(TrainingError, match=message):
+        source.score(completions([" a", " b"]))
+
+
+def test_a_file_or_function_that_is_not_there_is_a_config_error(function_file, tmp_path):
+    with pytest.raises(ConfigError, match="no function 'score'"):
+        FunctionReward(function_file("x = 1\n"))
+    with pytest.raises(ConfigError, match=r"no file .*gone\.py"):
+        FunctionReward(f"{tmp_path}/gone.py:score")
+    with pytest.raises(ConfigError, match="cannot be imported: SyntaxError"):
+        FunctionReward(function_file("def score(:\n"))
+
+
+def test_our_reward_model_reads_the_sampled_ids(make_handle):
+    handle = make_handle()
+    handle.trunk.add_head("reward").init_normal(torch.Generator().manual_seed(0))
+    source = ModelReward(handle.with_role("reward", head="reward"), token_budget=8)
+    prompts, responses = [[5, 6, 7], [8], [9, 10]], [[11], [12, 13, 14], [15, 16]]
+    batch = Completions([Prompt("")] * 3, prompts, responses, [""] * 3, [True] * 3)
+    scores = source.score(batch)
+    head = handle.trunk.heads["reward"]
+    model = handle.trunk.model
+    for prompt, response, score in zip(prompts, responses, scores, strict=True):
+        with torch.no_grad():
+            hidden = model.model(torch.tensor([prompt + response])).last_hidden_state
+        assert score == pytest.approx((hidden[0, -1] @ head.weight + head.bias).item(), abs=1e-9)
+
+
+@pytest.fixture
+def classifier(tmp_path, make_handle):
+    """A sequence classifier folder with a tokenizer of its own, as any Hub reward model."""
+    from transformers import LlamaForSequenceClassification
+
+    handle = make_handle(dtype="float32")
+    config = handle.trunk.model.config
+    config.num_labels = 1
+    config.pad_token_id = handle.codec.tokenizer.pad_token_id
+    torch.manual_seed(0)
+    model = LlamaForSequenceClassification(config)
+    model.save_pretrained(tmp_path / "rm")
+    handle.codec.tokenizer.save_pretrained(tmp_path / "rm")
+    return tmp_path / "rm", model.eval(), handle
+
+
+def test_any_sequence_classifier_scores_text(classifier):
+    folder, model, handle = classifier
+    source = open_reward(str(folder), _Store(), ModelSection(path="x"))
+    assert isinstance(source, SequenceClassificationReward)
+    texts = [" the cat sat", " 고양이", " ran away on the mat and sat"]
+    for text, score in zip(texts, source.score(completions(texts)), strict=True):
+        ids = torch.tensor([handle.codec.tokenizer.encode("q" + text)])
+        with torch.no_grad():
+            alone = model(ids).logits[0, 0].item()  # no padding at all
+        assert score == pytest.approx(alone, abs=1e-5)
+
+
+def test_a_classifier_without_a_pad_token_is_refused(classifier):
+    folder, _, handle = classifier
+    handle.codec.tokenizer.pad_token = None
+    handle.codec.tokenizer.save_pretrained(folder)
+    with pytest.raises(ModelError, match="no pad token"):
+        SequenceClassificationReward(str(folder), ModelSection(path="x"), torch.device("cpu"))
+
+
+def test_a_classifier_with_several_labels_is_refused(classifier):
+    folder, model, _ = classifier
+    model.config.num_labels = 3
+    type(model)(model.config).save_pretrained(folder)
+    with pytest.raises(ModelError, match="has 3 labels; a reward model has one"):
+        SequenceClassificationReward(str(folder), ModelSection(path="x"), torch.device("cpu"))
+
+
+class _Store:
+    device = torch.device("cpu")
