@@ -6,7 +6,6 @@ merge across the seam into tokens that a sampling policy never sees. Special tok
 """
 
 import copy
-import json
 import re
 from collections import Counter
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from pipeline.errors import ModelError
 from pipeline.records import Message, PromptText
+from pipeline.runfolder import read_json, write_json_atomic
 
 # The transcript format of Anthropic's HH data, for conversations on a tokenizer with no template.
 PLAIN_CHAT_TEMPLATE = (
@@ -150,14 +150,14 @@ class Codec:
             "max_prompt_tokens": self.max_prompt_tokens,
             "max_response_tokens": self.max_response_tokens,
         }
-        (folder / "codec.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
+        write_json_atomic(folder / "codec.json", settings)
 
     @classmethod
     def load(cls, folder: Path) -> "Codec":
         """Rebuild a codec from a folder that `save` wrote."""
         from transformers import AutoTokenizer
 
-        settings = json.loads((folder / "codec.json").read_text(encoding="utf-8"))
+        settings = read_json(folder / "codec.json")
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
         if settings["template_source"] == "plain":
             tokenizer.chat_template = None  # plain strings are turns only under a real template

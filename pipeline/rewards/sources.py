@@ -125,9 +125,11 @@ class FunctionReward:
 
     def score(self, completions: Completions) -> list[float]:
         """See `RewardSource`."""
-        names = sorted({name for prompt in completions.prompts for name in prompt.columns})
+        names = {name for prompt in completions.prompts for name in prompt.columns}
+        names -= {"prompts", "completions", "completion_ids"}  # the sampled ones, not the data's
         columns: dict[str, list[Any]] = {
-            name: [prompt.columns.get(name) for prompt in completions.prompts] for name in names
+            name: [prompt.columns.get(name) for prompt in completions.prompts]
+            for name in sorted(names)
         }
         columns["ended"] = list(completions.ended)
         texts: list[Any] = [

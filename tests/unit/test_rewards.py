@@ -47,6 +47,14 @@ def test_a_function_gets_trls_arguments_and_columns(function_file):
     assert source.name == "score"
 
 
+def test_a_column_named_like_an_argument_does_not_hide_what_was_sampled(function_file):
+    # UltraFeedback's rows have a column `completions`
+    source = FunctionReward(
+        function_file("def score(completions, **rest):\n    return [float(len(completions[0]))]\n")
+    )
+    assert source.score(completions([" abc"], completions=["another text"])) == [4.0]
+
+
 def test_a_function_gets_conversations_as_messages(function_file):
     source = FunctionReward(
         function_file(
