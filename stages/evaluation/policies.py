@@ -1,0 +1,224 @@
+"""The responses of the policies to the held-out prompts, and everything measured on them."""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.batches import TokenBatch, micro_batches
+from pipeline.codec import Codec
+from pipeline.errors import ConfigError
+from pipeline.generation import Engine, Sampling
+from pipeline.models.trunk import Handle
+from pipeline.records import Prompt
+from pipeline.rewards import Completions, RewardSource
+from stages.evaluation import metrics
+from stages.evaluation.config import EvaluationSection
+
+
+@dataclass(frozen=True)
+class Answers:
+    """One policy's responses to the N held-out prompts, with their scores.
+
+    `kl` is the policy's KL from the SFT policy in nats a response.
+    """
+
+    response_ids: list[list[int]]
+    texts: list[str]
+    ended: list[bool]
+    scores: list[float]
+    gold: list[float] | None
+    rouge_l: list[float] | None
+    kl: float
+
+    def numbers(self) -> dict[str, Any]:
+        """The policy's entry of metrics.json; `length` counts tokens, the end's included."""
+        bodies = [
+            ids[:-1] if ended else ids
+            for ids, ended in zip(self.response_ids, self.ended, strict=True)
+        ]
+        numbers = {
+            "score": statistics.fmean(self.scores),
+            "score_std": statistics.pstdev(self.scores),
+            "gold": None if self.gold is None else statistics.fmean(self.gold),
+            "kl": self.kl,
+            "length": statistics.fmean(map(len, self.response_ids)),
+            "eos_rate": statistics.fmean(self.ended),
+            "distinct_2": metrics.distinct_n(bodies, 2),
+            "rouge_l": None if self.rouge_l is None else statistics.fmean(self.rouge_l),
+            "n": len(self.texts),
+        }
+        return {key: value for key, value in numbers.items() if value is not None}
+
+    def row(self, index: int) -> dict[str, Any]:
+        """The policy's part of a row of samples.jsonl."""
+        found = {
+            "text": self.texts[index],
+            "score": self.scores[index],
+            "gold": None if self.gold is None else self.gold[index],
+            "rouge_l": None if self.rouge_l is None else self.rouge_l[index],
+            "tokens": len(self.response_ids[index]),
+            "ended": self.ended[index],
+        }
+        return {key: value for key, value in found.items() if value is not None}
+
+
+class Panel:
+    """The held-out prompts and those who judge the answers to them.
+
+    Response j to prompt i draws noise number i + j * N, whichever policy answers: two policies that
+    agree give the same text, and the first candidate of best-of-n is the SFT policy's response.
+    """
+
+    def __init__(
+        self,
+        section: EvaluationSection,
+        prompts: Sequence[Prompt],
+        codec: Codec,
+        engine: Engine,
+        seed: int,
+        rewards: RewardSource,
+        gold: RewardSource | None,
+    ) -> None:
+        self.section = section
+        self.prompts = list(prompts)
+        self.codec = codec
+        self.engine = engine
+        self.rewards = rewards
+        self.gold = gold
+        self.prompt_ids = [codec.prompt_ids(prompt.prompt) for prompt in self.prompts]
+        self.sampling = Sampling(
+            max_new_tokens=section.max_new_tokens,
+            temperature=section.temperature,
+            seed=seed,
+            stream=section.seed_stream,
+        )
+        self.references = _references(self.prompts, section.reference_column)
+
+    @property
+    def judge(self) -> str:
+        """Who decides which of two responses is better."""
+        return (self.gold or self.rewards).name
+
+    def answer(self, policy: Handle, sft: Handle) -> Answers:
+        """One response of `policy` to each prompt."""
+        drawn = self._draw(policy, 1)
+        return self._measure(drawn, self.rewards.score(drawn), self._kl(policy, sft, drawn))
+
+    def best_of_n(self, sft: Handle, n: int) -> Answers:
+        """The best of n SFT responses to each prompt by the run's rewards."""
+        drawn = self._draw(sft, n)
+        scores = self.rewards.score(drawn)
+        count = len(self.prompts)
+        best = metrics.best_indices([scores[i::count] for i in range(count)])
+        rows = [i + j * count for i, j in enumerate(best)]
+        chosen = _select(drawn, rows)
+        return self._measure(chosen, [scores[row] for row in rows], metrics.best_of_n_kl(n))
+
+    def _draw(self, policy: Handle, n: int) -> Completions:
+        """n responses to each prompt; response j to prompt i stands in row i + j * N."""
+        prompt_ids = self.prompt_ids * n
+        drawn = self.engine.generate(
+            policy, prompt_ids, list(range(len(prompt_ids))), self.sampling
+        )
+        return Completions.decode(
+            self.codec, self.prompts * n, prompt_ids, drawn.response_ids, drawn.ended
+        )
+
+    def _measure(self, drawn: Completions, scores: list[float], kl: float) -> Answers:
+        return Answers(
+            response_ids=[list(ids) for ids in drawn.completion_ids],
+            texts=list(drawn.texts),
+            ended=list(drawn.ended),
+            scores=list(scores),
+            gold=None if self.gold is None else list(self.gold.score(drawn)),
+            rouge_l=None if self.references is None else rouge_l(drawn.texts, self.references),
+            kl=kl,
+        )
+
+    def _kl(self, policy: Handle, sft: Handle, drawn: Completions) -> float:
+        if policy is sft:
+            return 0.0
+        # Greedy responses have no distribution to divide by: their log-ratio is taken at 1.
+        temperature = self.section.temperature or 1.0
+        ours, theirs = (
+            logprobs(handle, drawn, temperature, self.section.micro_batch_tokens)
+            for handle in (policy, sft)
+        )
+        return metrics.sequence_kl(ours, theirs)
+
+
+def logprobs(
+    handle: Handle, drawn: Completions, temperature: float, token_budget: int
+) -> list[list[float]]:
+    """Log-probability of each token of each response under `handle`, in nats."""
+    import torch
+
+    rows: list[list[float]] = [[] for _ in drawn.completion_ids]
+    lengths = [
+        len(prompt) + len(response)
+        for prompt, response in zip(drawn.prompt_ids, drawn.completion_ids, strict=True)
+    ]
+    for part in micro_batches(lengths, token_budget):
+        batch = TokenBatch.from_ragged(
+            [drawn.prompt_ids[row] for row in part],
+            [drawn.completion_ids[row] for row in part],
+            handle.codec.pad_id,
+        )
+        with torch.no_grad():
+            found = handle(batch, {"logprobs"}, temperature).logprobs
+        assert found is not None
+        for row, values in zip(part, found.tolist(), strict=True):
+            rows[row] = values[: len(drawn.completion_ids[row])]
+    return rows
+
+
+def rouge_l(texts: Sequence[str], references: Sequence[str]) -> list[float]:
+    """ROUGE-L F-measure of each text (Lin 2004), on `metrics.words`, which read any script."""
+    scorer = _rouge_scorer()(["rougeL"], tokenizer=_Words())
+    return [
+        float(scorer.score(reference, text)["rougeL"].fmeasure)
+        for text, reference in zip(texts, references, strict=True)
+    ]
+
+
+def _rouge_scorer() -> Any:
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError as error:
+        raise ConfigError(
+            "evaluation.reference_column asks for ROUGE-L, which needs the package rouge-score: "
+            "install rlhf-pipeline[eval], or leave the setting out"
+        ) from error
+    return RougeScorer
+
+
+class _Words:
+    """rouge-score's tokenizer interface."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return metrics.words(text)
+
+
+def _references(prompts: Sequence[Prompt], column: str | None) -> list[str] | None:
+    if column is None:
+        return None
+    _rouge_scorer()  # its absence is said before anything is generated
+    for prompt in prompts:
+        if not isinstance(prompt.columns.get(column), str):
+            raise ConfigError(
+                f"evaluation.reference_column is {column!r}, but the prompt at {prompt.origin} has "
+                f"no text there (its columns: {', '.join(prompt.columns) or 'none'}): name a "
+                "column that every held-out prompt has, or leave the setting out"
+            )
+    return [prompt.columns[column] for prompt in prompts]
+
+
+def _select(drawn: Completions, rows: Sequence[int]) -> Completions:
+    return Completions(
+        prompts=[drawn.prompts[row] for row in rows],
+        prompt_ids=[drawn.prompt_ids[row] for row in rows],
+        completion_ids=[drawn.completion_ids[row] for row in rows],
+        texts=[drawn.texts[row] for row in rows],
+        ended=[drawn.ended[row] for row in rows],
+    )
