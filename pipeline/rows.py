@@ -1,0 +1,84 @@
+"""Rows to train on, whatever a row is, and a process's share of each optimiser step."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch.utils.data import Dataset
+
+from pipeline.row_order import Plan, share_of
+
+
+class Batch(Protocol):
+    """A collated micro-batch: anything that moves to a device."""
+
+    def to(self, device: torch.device | str) -> Any:
+        """The same batch on `device`."""
+
+
+class Rows(Protocol):
+    """What the fence asks of a dataset; what a row *is* (a demonstration, a ranking) it never asks.
+
+    `lengths[i]` is what row i costs in a micro-batch, in tokens with its own padding (K responses:
+    K times the longest); `units[i]` is what it adds to the count that a step's loss is divided by.
+    """
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        """Tokens that each row costs."""
+
+    @property
+    def units(self) -> Sequence[int]:
+        """Units of loss that each row holds."""
+
+    def collate(self, rows: Sequence[int]) -> Batch:
+        """These rows as one micro-batch."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One process's share of one optimiser step."""
+
+    batches: list[Any]
+    weight: float  # 0 for a process without rows
+    units: int  # of the whole step, over all processes
+    rows: int  # of the whole step, over all processes
+
+
+class StepDataset(Dataset[dict[str, Step]]):
+    """The plan as a dataset: item i is optimiser step i."""
+
+    def __init__(
+        self, rows: Rows, plan: Plan, token_budget: int, rank: int, world_size: int
+    ) -> None:
+        self.rows, self.plan, self.token_budget = rows, plan, token_budget
+        self.rank, self.world_size = rank, world_size
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def __getitem__(self, index: int) -> dict[str, Step]:
+        chosen = self.plan.steps[index]
+        share, weight = share_or_filler(
+            chosen, self.rows, self.token_budget, self.rank, self.world_size
+        )
+        return {
+            "step": Step(
+                batches=[self.rows.collate(group) for group in share],
+                weight=weight,
+                units=sum(self.rows.units[row] for row in chosen),
+                rows=len(chosen),
+            )
+        }
+
+
+def share_or_filler(
+    chosen: Sequence[int], rows: Rows, token_budget: int, rank: int, world_size: int
+) -> tuple[list[list[int]], float]:
+    """One process's micro-batches and their weight: 1, or 0 where it has no row.
+
+    A backward pass is a collective: a process without rows runs somebody's row for nothing.
+    """
+    share = share_of(chosen, rows.lengths, token_budget, rank, world_size)
+    return (share, 1.0) if share else ([[chosen[0]]], 0.0)
