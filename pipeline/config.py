@@ -178,7 +178,9 @@ def _path_only(value: Any) -> Any:
     return {"path": value} if isinstance(value, str) else value
 
 
-Source = Annotated[SourceSection, BeforeValidator(_path_only)]
+Source = Annotated[
+    SourceSection, BeforeValidator(_path_only, json_schema_input_type=str | SourceSection)
+]
 
 
 class DataSection(Section):

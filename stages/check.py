@@ -1,0 +1,319 @@
+"""`rlhf check CONFIG`: does everything that a run would read exist, and does it fit together?
+
+Opens the data, and of models their configs and tokenizers; weights are not read, sizes are counted
+on torch's meta device. Nothing is trained and nothing is written.
+"""
+
+import ast
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from torch import nn
+
+from pipeline.config import SourceSection
+from pipeline.data import load_corpus
+from pipeline.data.corpus import KINDS
+from pipeline.data.formats import Kind
+from pipeline.data.screen import data_table
+from pipeline.errors import ModelError, PipelineError
+from pipeline.models.adapters import add_adapter, lora_config
+from pipeline.models.loading import (
+    build_from_config,
+    explain_load_errors,
+    load_config,
+    torch_dtype,
+)
+from pipeline.models.store import HANDLE
+from pipeline.runfolder import RunFolder, verify
+from pipeline.stage import Stage
+from stages.config import RunConfig, check_needs
+
+OFFLINE = "not checked (offline)"
+_ADAPTER = "check"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was found out about one model, function or run that the config names."""
+
+    setting: str
+    resource: str
+    facts: str
+    fault: str = ""
+
+
+def check_run(
+    config: RunConfig, stages: Sequence[Stage], *, offline: bool, console: Console
+) -> None:
+    """Print what a run of `stages` would read. Raises PipelineError that lists all that is wrong.
+
+    With `offline`, Hub ids are named but not contacted.
+    """
+    names = [stage.name for stage in stages]
+    check_needs(config, names)
+    console.print(f"stages: {', '.join(names)}", highlight=False)
+    remote = _remote_data(config) if offline else []
+    faults = list(_check_data(config, stages, remote, console))
+    findings = list(_check_models(config, names, offline))
+    console.print(_models_table(findings))
+    if "ppo" in names:
+        console.print(_ppo_line(config), highlight=False)
+    faults += [f"{f.setting}: {f.fault}" for f in findings if f.fault]
+    if faults:
+        raise PipelineError("\n".join([f"{len(faults)} of the checks failed:", *faults]))
+    skipped = [f"data.{kind}" for kind in remote]
+    skipped += [f.setting for f in findings if f.facts == OFFLINE]
+    console.print(
+        f"[green]everything else is in order[/green]; {OFFLINE}: {', '.join(skipped)}"
+        if skipped
+        else "[green]everything is in order[/green]"
+    )
+
+
+# --- data -----------------------------------------------------------------------------------------
+
+
+def _remote_data(config: RunConfig) -> list[Kind]:
+    """The datasets that are not on this machine: Hub ids."""
+    sources: dict[Kind, SourceSection | None] = {kind: getattr(config.data, kind) for kind in KINDS}
+    return [kind for kind, source in sources.items() if source and not Path(source.path).exists()]
+
+
+def _check_data(
+    config: RunConfig, stages: Sequence[Stage], left_out: Sequence[Kind], console: Console
+) -> Iterator[str]:
+    """Print the report of all datasets but those `left_out`; yields what is wrong with the data."""
+    data = config.data
+    wanted = {kind for stage in stages for kind in stage.reads(config)}
+    if left_out:
+        for kind in left_out:
+            console.print(f"data.{kind}: {getattr(data, kind).path}: {OFFLINE}", highlight=False)
+        data = data.model_copy(update=dict.fromkeys(left_out))
+        # Prompts without a dataset of their own come from all others, so they are left out too.
+        wanted = {kind for kind in wanted if getattr(data, kind) is not None}
+    if not wanted:
+        return
+    try:
+        corpus = load_corpus(data, [kind for kind in KINDS if kind in wanted])
+    except PipelineError as error:
+        yield str(error)
+        return
+    console.print(data_table(corpus.report, examples=True))
+    evaluated = "evaluation" in {stage.name for stage in stages}
+    if evaluated and "prompts" in wanted and not corpus.prompts.held_out:
+        yield (
+            "data.prompts: no prompt is held out, so there is nothing to evaluate on: "
+            "add prompts, or raise data.held_out_fraction"
+        )
+
+
+# --- models ---------------------------------------------------------------------------------------
+
+
+def _check_models(config: RunConfig, stages: Sequence[str], offline: bool) -> Iterator[Finding]:
+    uses_base = "sft" in stages or ("reward" in stages and config.reward.start == "base")
+    if uses_base and config.model.init == "config":
+        yield _examine("model.architecture", config.model.architecture.model_type, config, offline)
+    elif uses_base and config.model.path is not None:
+        yield _examine("model.path", config.model.path, config, offline)
+    if "ppo" in stages and config.ppo.policy is not None:
+        yield _examine("ppo.policy", config.ppo.policy, config, offline, stage="sft")
+    if "ppo" in stages and config.ppo.rewards is not None:
+        yield _examine("ppo.rewards", config.ppo.rewards, config, offline, stage="reward")
+    if "evaluation" in stages and config.evaluation.gold is not None:
+        yield _examine("evaluation.gold", config.evaluation.gold, config, offline)
+
+
+def _examine(
+    setting: str, resource: str, config: RunConfig, offline: bool, stage: str = "sft"
+) -> Finding:
+    try:
+        if setting == "model.architecture":
+            return Finding(setting, resource, _built(config))
+        if ".py:" in resource:
+            return Finding(setting, resource, _function(resource))
+        folder = Path(resource)
+        if not folder.exists() and offline:
+            return Finding(setting, resource, OFFLINE)
+        artifacts = (folder / stage / "artifact", folder / "artifact", folder)
+        if (folder / "config.yaml").exists() or any((a / HANDLE).exists() for a in artifacts):
+            return Finding(setting, resource, _artifact(folder, artifacts, stage))
+        if (folder / "adapter_config.json").exists():
+            return Finding(setting, resource, "a PEFT adapter; its base is opened when it is used")
+        if setting == "ppo.rewards":
+            return Finding(setting, resource, _classifier(resource, config))
+        return Finding(setting, resource, _decoder(resource, config, main=setting == "model.path"))
+    except PipelineError as error:
+        return Finding(setting, resource, "", str(error))
+
+
+def _function(reference: str) -> str:
+    """A Python function exists; its file is parsed, not run. Raises ModelError."""
+    path, _, name = reference.rpartition(":")
+    try:
+        tree = ast.parse(Path(path).read_text(encoding="utf-8"))
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ModelError(f"{path} is not a Python file that can be read: {error}") from None
+    functions = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
+    if name not in functions:
+        raise ModelError(
+            f"{path} has no function {name!r}; it has {', '.join(functions) or 'none'}"
+        )
+    return "a Python function"
+
+
+def _artifact(folder: Path, artifacts: Sequence[Path], stage: str) -> str:
+    """A run or an artifact of ours is finished and whole. Raises PipelineError."""
+    for artifact in artifacts:
+        if (artifact / HANDLE).exists():
+            manifest = verify(artifact)
+            return f"finished {manifest.stage} stage, key {manifest.key[:12]}"
+    finished = [path.parent.name for path in RunFolder(folder).root.glob("*/artifact")]
+    raise ModelError(
+        f"{folder} is a run without a finished {stage} stage "
+        f"(it has {', '.join(sorted(finished)) or 'none'}): run `rlhf {stage}` there first"
+    )
+
+
+def _built(config: RunConfig) -> str:
+    """The small model of `model.architecture`, built without memory. Raises ConfigError."""
+    section = config.model
+    with torch.device("meta"):
+        vocabulary: Any = _Vocabulary(section.vocabulary_size)
+        model = build_from_config(section.architecture, vocabulary, torch_dtype(section.dtype))
+    return f"random weights, {_size(model, config)}"
+
+
+class _Vocabulary:
+    """As much of a tokenizer as building a model from a config needs."""
+
+    eos_token_id, pad_token_id = 1, 0
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+
+def _decoder(path: str, config: RunConfig, main: bool) -> str:
+    """Config, tokenizer, limits and adapter targets of a causal model. Raises PipelineError."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    section = config.model
+    revision = section.revision if main else None
+    shape = load_config(section, path, revision)
+    _check_weights(Path(path))
+    with explain_load_errors(path, revision), torch.device("meta"):
+        code = section.trust_remote_code
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, revision=revision or "main", trust_remote_code=code
+        )
+        model = AutoModelForCausalLM.from_config(
+            shape, dtype=torch_dtype(section.dtype), trust_remote_code=code
+        )
+    text = shape.get_text_config()
+    _check_lengths(path, getattr(text, "max_position_embeddings", None), config)
+    if len(tokenizer) > text.vocab_size:
+        raise ModelError(
+            f"{path}: its tokenizer has {len(tokenizer)} tokens but its embedding only "
+            f"{text.vocab_size} rows: take the tokenizer that belongs to the model"
+        )
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"{path}: its tokenizer has no end token, so no response could end: "
+            "set eos_token in its tokenizer_config.json"
+        )
+    template = "its chat template" if tokenizer.chat_template else "no chat template"
+    return f"{shape.model_type}, {_size(model, config)}, {template}"
+
+
+def _classifier(path: str, config: RunConfig) -> str:
+    """A reward model of another making: one label, a pad token. Raises ModelError."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    code = config.model.trust_remote_code
+    with explain_load_errors(path, None):
+        shape = AutoConfig.from_pretrained(path, trust_remote_code=code)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=code)
+    if shape.num_labels != 1:
+        raise ModelError(f"{path} has {shape.num_labels} labels; a reward model has one")
+    if tokenizer.pad_token is None:
+        raise ModelError(
+            f"{path}: its tokenizer has no pad token: set pad_token in its tokenizer_config.json"
+        )
+    return f"sequence classification, {shape.model_type}"
+
+
+def _check_weights(folder: Path) -> None:
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        raise ModelError(
+            f"{folder} has no .safetensors weights; pickled ones are refused, since they can run "
+            "code: convert them once with transformers' save_pretrained"
+        )
+
+
+def _check_lengths(path: str, limit: int | None, config: RunConfig) -> None:
+    field, longest = max(config.response_limits().items(), key=lambda item: item[1])
+    total = config.data.max_prompt_tokens + longest
+    if limit is not None and total > limit:
+        raise ModelError(
+            f"{path} has {limit} positions but data.max_prompt_tokens + {field} = "
+            f"{config.data.max_prompt_tokens} + {longest} = {total} tokens: lower one of them"
+        )
+
+
+def _size(model: nn.Module, config: RunConfig) -> str:
+    """Parameters and bytes of a model without memory, and those of an adapter on it.
+
+    Raises ModelError if `lora.target_modules` do not fit, where a stage trains an adapter.
+    """
+    parameters = list(model.parameters())
+    count = sum(p.numel() for p in parameters)
+    size = sum(p.numel() * p.element_size() for p in parameters)
+    text = f"{_short(count)} parameters, {size / 1e9:.2f} GB in {config.model.dtype}"
+    if "lora" not in (config.sft.tuning, config.reward.tuning, config.ppo.tuning):
+        return text
+    with torch.device("meta"):
+        add_adapter(model, _ADAPTER, lora_config(config.lora))
+    adapter = sum(p.numel() for name, p in model.named_parameters() if f".{_ADAPTER}." in name)
+    return f"{text}; an adapter has {_short(adapter)} ({adapter / count:.2%})"
+
+
+def _short(count: float) -> str:
+    for unit in ("", " thousand", " million"):
+        if count < 1000:
+            return f"{count:.3g}{unit}"
+        count /= 1000
+    return f"{count:.3g} billion"
+
+
+# --- screen ---------------------------------------------------------------------------------------
+
+
+def _models_table(findings: Sequence[Finding]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("models", no_wrap=True)
+    table.add_column("", overflow="fold")
+    table.add_column("found")
+    for finding in findings:
+        found = "[red]see below[/red]" if finding.fault else escape(finding.facts)
+        table.add_row(finding.setting, escape(finding.resource), found)
+    return table
+
+
+def _ppo_line(config: RunConfig) -> str:
+    rollout, optim = config.ppo.rollout, config.ppo.optim
+    steps = optim.ppo_epochs * optim.minibatches
+    return (
+        f"PPO: {config.ppo.iterations} iterations x {rollout.prompts_per_iteration} prompts x "
+        f"{rollout.responses_per_prompt} responses = "
+        f"{config.ppo.iterations * rollout.num_rollouts:,} rollouts; {steps} optimiser steps each"
+    )

@@ -1,0 +1,280 @@
+"""The command line: `rlhf VERB CONFIG [section.field=value ...]`, one verb a stage and a few more.
+
+This is where configuration, stages and console are put together. Whatever is heavy is imported
+inside the verbs, so that every `--help` answers within a second.
+
+    rlhf run configs/quickstart.yaml ppo.kl_coef=0.1
+"""
+
+import os
+from collections.abc import Callable, Collection
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from typer.core import TyperGroup
+
+from pipeline.errors import ConfigError, PipelineError
+from stages import STAGES
+
+if TYPE_CHECKING:
+    from pipeline.stage import Stage
+    from stages.config import RunConfig
+
+EXIT_ERROR = 2
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+SUMMARY_OF_VERB = {
+    "sft": "Fine-tune the base model on demonstrations.",
+    "reward": "Train a reward model from rankings, starting from the SFT model.",
+    "ppo": "Optimise the policy with PPO against the reward model.",
+    "evaluate": "Compare the SFT policy, the PPO policy and best-of-n on held-out prompts.",
+    "export": "Write the policy as folders that plain transformers and peft load.",
+}
+# `run` makes these, and of the others those that they need.
+RESULTS = ("evaluate", "export")
+
+
+def _examples(*lines: str) -> str:
+    """An epilogue that Typer prints line by line."""
+    return "\n".join(["[bold]Examples[/bold]", *(escape(f"  rlhf {line}") for line in lines)])
+
+
+class _Group(TyperGroup):
+    """Turns errors that a user can act on into one message and an exit code, for every verb."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except PipelineError as error:
+            _print_error(error)
+            raise typer.Exit(EXIT_ERROR) from None
+        except KeyboardInterrupt:
+            if _rank() == 0:
+                Console(stderr=True).print("interrupted")
+            raise typer.Exit(EXIT_INTERRUPTED) from None
+
+
+app = typer.Typer(
+    cls=_Group,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Align a language model: supervised fine-tuning, a reward model from rankings, and PPO.",
+    epilog=_examples("run configs/quickstart.yaml", "show runs/quickstart", "ppo --help"),
+)
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="SECTION.FIELD=VALUE...",
+        help="Values that replace those of the file, in YAML; the last one counts.",
+        show_default=False,
+    ),
+]
+SourceRuns = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--from",
+        metavar="RUN",
+        help="Reuse the finished stages of this run folder, where their settings are the same.",
+        show_default=False,
+    ),
+]
+# Overrides with dashes reach `_load`, which says how to write them.
+_LENIENT = {"ignore_unknown_options": True}
+
+
+def main() -> None:
+    """Entry point of `rlhf` and of `python -m stages`."""
+    app(prog_name="rlhf")
+
+
+def _print_version(asked: bool) -> None:
+    if not asked:
+        return
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        typer.echo(f"rlhf {version('rlhf-pipeline')}")
+    except PackageNotFoundError:
+        typer.echo("rlhf (run from a checkout, not installed)")
+    raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(
+    context_settings=_LENIENT,
+    epilog=_examples(
+        "run configs/quickstart.yaml",
+        "run configs/quickstart.yaml ppo.kl_coef=0.1 run.name=gentle",
+        "run configs/quickstart.yaml run.name=gentle --from runs/quickstart",
+    ),
+)
+def run(config: ConfigFile, overrides: Overrides = None, from_: SourceRuns = None) -> None:
+    """Run the whole chain in one process; reuses finished stages whose settings are unchanged."""
+    _run_chain(_load(config, overrides), from_, only=None)
+
+
+def _stage_verb(verb: str) -> Callable[..., None]:
+    def command(config: ConfigFile, overrides: Overrides = None, from_: SourceRuns = None) -> None:
+        _run_chain(_load(config, overrides), from_, only=verb)
+
+    return command
+
+
+for _verb in STAGES:
+    app.command(
+        _verb,
+        help=f"{SUMMARY_OF_VERB[_verb]}\n\nStages before it are taken from the run folder.",
+        context_settings=_LENIENT,
+        epilog=_examples(
+            f"{_verb} configs/quickstart.yaml",
+            f"{_verb} configs/quickstart.yaml run.name=second run.seed=2",
+            f"{_verb} configs/quickstart.yaml run.name=third --from runs/quickstart",
+        ),
+    )(_stage_verb(_verb))
+
+
+@app.command(
+    context_settings=_LENIENT,
+    epilog=_examples(
+        "check configs/quickstart.yaml", "check configs/llama-3.1-8b-lora.yaml --offline"
+    ),
+)
+def check(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    offline: Annotated[
+        bool, typer.Option("--offline", help="Do not contact the Hub; its ids are not checked.")
+    ] = False,
+) -> None:
+    """Validate config, data and models' fit. Trains nothing; exit code 0 if all is well, else 2."""
+    resolved = _load(config, overrides)
+    from stages.check import check_run
+
+    check_run(resolved, needed_stages(resolved, RESULTS), offline=offline, console=_console())
+
+
+@app.command(epilog=_examples("show runs/quickstart"))
+def show(
+    run_folder: Annotated[
+        Path, typer.Argument(metavar="RUN", help="Folder of a run, such as runs/quickstart.")
+    ],
+) -> None:
+    """Show a run: its stages, their state and key numbers, and where things lie."""
+    from stages.show import show_run
+
+    show_run(run_folder, _console())
+
+
+@app.command(
+    "config",
+    context_settings=_LENIENT,
+    epilog=_examples(
+        "config configs/quickstart.yaml ppo.kl_coef=0.1", "config --schema > rlhf.schema.json"
+    ),
+)
+def config_(
+    config: Annotated[
+        Path | None,
+        typer.Argument(metavar="[CONFIG]", help="YAML file of the run.", show_default=False),
+    ] = None,
+    overrides: Overrides = None,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Print the JSON Schema, which editors complete from.")
+    ] = False,
+) -> None:
+    """Print the resolved values of a config as YAML, or the JSON Schema of all configs."""
+    if schema:
+        import json
+
+        from stages.config import RunConfig
+
+        typer.echo(json.dumps(RunConfig.model_json_schema(), indent=2))
+    elif config is None:
+        raise ConfigError("name a config file, or ask for --schema")
+    else:
+        from pipeline.yaml_config import dump_config
+
+        typer.echo(dump_config(_load(config, overrides)), nl=False)
+
+
+def _load(path: Path, overrides: list[str] | None) -> "RunConfig":
+    for text in overrides or ():
+        if text.startswith("-"):
+            dotted = "." in text and "=" in text
+            hint = f"write {text.lstrip('-')}" if dotted else "see --help for the options"
+            raise ConfigError(f"no such option: {text}: {hint}")
+        if "=" not in text:
+            raise ConfigError(
+                f"{text!r} is not an override: write section.field=value, as in ppo.kl_coef=0.1 "
+                "(without spaces round the =)"
+            )
+    from pipeline.yaml_config import read_config
+    from stages.config import RunConfig
+
+    return read_config(path, overrides or [], RunConfig)
+
+
+def _run_chain(config: "RunConfig", sources: list[Path] | None, only: str | None) -> None:
+    """Run the stage of the verb `only`, or the chain to its results."""
+    from pipeline.chain import Chain
+    from stages.config import check_needs
+
+    stages = needed_stages(config, RESULTS if only is None else (only,))
+    check_needs(config, [stage.name for stage in stages])
+    chain = Chain(config, stages, _console(), sources or ())
+    chain.run(only=None if only is None else stages[-1].name)
+
+
+def needed_stages(config: "RunConfig", verbs: Collection[str]) -> list["Stage"]:
+    """The stages of `verbs` and those that they need, directly or not, in the chain's order."""
+    stages = [load_stage(verb) for verb in STAGES]
+    wanted = {stage.name for verb, stage in zip(STAGES, stages, strict=True) if verb in verbs}
+    for stage in reversed(stages):  # a stage needs earlier ones only
+        if stage.name in wanted:
+            wanted.update(stage.needs(config))
+    return [stage for stage in stages if stage.name in wanted]
+
+
+def load_stage(verb: str) -> "Stage":
+    """The stage behind `verb`; imports its module."""
+    module, _, name = STAGES[verb].partition(":")
+    stage: Stage = getattr(import_module(module), name)()
+    return stage
+
+
+def _rank() -> int:
+    """This process among those that torchrun or `accelerate launch` started."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def _console() -> Console:
+    """The screen of the main process; the others are silent."""
+    return Console(quiet=_rank() != 0)
+
+
+def _print_error(error: PipelineError) -> None:
+    rank = _rank()
+    if rank and isinstance(error, ConfigError):
+        return  # every process reads the same config: the main one says it
+    where = f" (rank {rank})" if rank else ""
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console.print(f"[bold red]error{where}:[/bold red] {escape(str(error))}")

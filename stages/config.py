@@ -1,0 +1,106 @@
+"""The configuration of a run: the common sections, and one section a stage, owned by its stage.
+
+Checks here are those that no single section can make. They look at values only, so they end before
+any model or dataset is opened.
+"""
+
+from collections.abc import Collection, Iterator
+
+from pydantic import Field, model_validator
+
+from pipeline.config import DataSection, LoraSection, ModelSection, RunSection, Section
+from pipeline.errors import ConfigError
+from stages.evaluation.config import EvaluationSection
+from stages.export.config import ExportSection
+from stages.ppo.config import PpoSection
+from stages.reward.config import RewardSection
+from stages.sft.config import SftSection
+
+
+class RunConfig(Section):
+    """One run: a YAML file with these sections, of which only `model` has to be there."""
+
+    run: RunSection = Field(RunSection(), description="Where the run lives; seed and device.")
+    model: ModelSection = Field(description="The base model.")
+    lora: LoraSection = Field(LoraSection(), description="Shape of every LoRA adapter.")
+    data: DataSection = Field(DataSection(), description="Datasets, checks and split.")
+    sft: SftSection = Field(SftSection(), description="Supervised fine-tuning.")
+    reward: RewardSection = Field(RewardSection(), description="Reward model.")
+    ppo: PpoSection = Field(PpoSection(), description="Policy optimisation.")
+    evaluation: EvaluationSection = Field(EvaluationSection(), description="Evaluation.")
+    export: ExportSection = Field(ExportSection(), description="Export.")
+
+    @model_validator(mode="after")
+    def _random_weights_are_trained_in_full(self) -> "RunConfig":
+        if self.model.init == "config" and self.sft.tuning == "lora":
+            raise ValueError(
+                "sft.tuning is lora but model.init is config, whose random weights an adapter "
+                "cannot make a model of: set sft.tuning to full"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _half_precision_fits(self) -> "RunConfig":
+        if self.run.mixed_precision == "bf16" and self.model.dtype == "float16":
+            raise ValueError(
+                "run.mixed_precision is bf16 but model.dtype is float16: "
+                "set model.dtype to float32 or bfloat16"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _sequences_fit_the_positions(self) -> "RunConfig":
+        if self.model.init != "config":
+            return self  # a loaded model's limit is in its config: `rlhf check` looks there
+        limit = self.model.architecture.max_position_embeddings
+        field, longest = max(self.response_limits().items(), key=lambda item: item[1])
+        total = self.data.max_prompt_tokens + longest
+        if total > limit:
+            raise ValueError(
+                f"model.architecture.max_position_embeddings is {limit} but data.max_prompt_tokens "
+                f"+ {field} = {self.data.max_prompt_tokens} + {longest} = {total} tokens: "
+                f"raise the first to {total} or lower the others"
+            )
+        return self
+
+    def response_limits(self) -> dict[str, int]:
+        """Longest responses that the run reads or samples, in tokens, by the field that says so."""
+        sampled = self.reward.normalisation.max_new_tokens
+        return {
+            "data.max_response_tokens": self.data.max_response_tokens,
+            "reward.normalisation.max_new_tokens": sampled or 0,  # null: the field above
+            "ppo.rollout.max_new_tokens": self.ppo.rollout.max_new_tokens,
+            "evaluation.max_new_tokens": self.evaluation.max_new_tokens,
+        }
+
+
+def check_needs(config: RunConfig, stages: Collection[str]) -> None:
+    """Raise ConfigError if datasets that `stages` read are not named; it lists them all."""
+    faults = list(_missing_data(config, stages))
+    if faults:
+        raise ConfigError("\n".join(faults))
+
+
+def _missing_data(config: RunConfig, stages: Collection[str]) -> Iterator[str]:
+    data = config.data
+    if "sft" in stages and data.demonstrations is None:
+        yield (
+            "data.demonstrations is missing: the sft stage trains on it. Name a file or Hub "
+            "dataset of prompts with responses, or start PPO from a finished model (ppo.policy)"
+        )
+    if "reward" in stages and data.rankings is None:
+        yield (
+            "data.rankings is missing: the reward stage trains on it. Name a file or Hub dataset "
+            "of ranked responses, or let something else score (ppo.rewards)"
+        )
+    asking = [stage for stage in ("ppo", "evaluation") if stage in stages]
+    if asking and data.prompts is data.demonstrations is data.rankings is None:
+        yield (
+            f"data.prompts is missing: {' and '.join(asking)} would have no prompts. Name a file "
+            "or Hub dataset, or data.demonstrations or data.rankings, whose prompts are then used"
+        )
+    if "ppo" in stages and config.ppo.optim.ptx_coef and data.demonstrations is None:
+        yield (
+            f"data.demonstrations is missing: ppo.optim.ptx_coef is {config.ppo.optim.ptx_coef:g}, "
+            "which mixes demonstrations into PPO. Name them, or set ppo.optim.ptx_coef to 0"
+        )
