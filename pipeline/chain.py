@@ -110,7 +110,7 @@ class Chain:
         return {
             "format": KEY_FORMAT,
             "stage": stage.name,
-            "section": section.model_dump(mode="json"),
+            stage.name: section.model_dump(mode="json"),
             "common": common,
             "data": {kind: self.corpus.fingerprint(kind) for kind in stage.reads(self.config)},
             "resources": {
@@ -239,11 +239,13 @@ class Chain:
     @cached_property
     def corpus(self) -> Any:
         """The run's records, read once."""
-        from pipeline.data import load_corpus
+        from pipeline.data import KINDS, load_corpus
+        from pipeline.data.screen import data_table
 
-        kinds = {kind for stage in self.stages for kind in stage.reads(self.config)}
-        corpus = load_corpus(self.config.data, sorted(kinds))
+        read = {kind for stage in self.stages for kind in stage.reads(self.config)}
+        corpus = load_corpus(self.config.data, [kind for kind in KINDS if kind in read])
         write_json_atomic(self.folder.data_json, corpus.report)
+        self.console.print(data_table(corpus.report, examples=True))
         return corpus
 
     @cached_property

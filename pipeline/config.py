@@ -89,6 +89,17 @@ class ArchitectureSection(Section):
         default_factory=dict, description="Further fields of the architecture's own config."
     )
 
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> "ArchitectureSection":
+        width, heads = self.hidden_size, self.num_attention_heads
+        if width % heads:
+            raise ValueError(
+                f"model.architecture.hidden_size = {width} is not divisible by "
+                f"model.architecture.num_attention_heads = {heads} "
+                f"({width} = {heads} x {width // heads} + {width % heads}): change one of the two"
+            )
+        return self
+
 
 class ModelSection(Section):
     """The base model of the run."""

@@ -99,7 +99,7 @@ def _changed_settings(manifest: Manifest, config: Mapping[str, Any]) -> str:
     """Settings of the stage that the run's config.yaml gives otherwise, as `old -> new`."""
     common: Mapping[str, Any] = manifest.material.get("common", {})
     recorded: dict[str, Mapping[str, Any]] = {
-        manifest.stage: manifest.material.get("section", {}),
+        manifest.stage: manifest.material.get(manifest.stage, {}),
         "model": common.get("model", {}),
         "lora": common.get("lora", {}),
         "run": {key: common[key] for key in ("seed", "mixed_precision") if key in common},

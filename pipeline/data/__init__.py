@@ -1,5 +1,5 @@
 """Datasets: files or Hub ids -> checked, split records (`load_corpus`)."""
 
-from pipeline.data.corpus import Corpus, Split, load_corpus
+from pipeline.data.corpus import KINDS, Corpus, Split, load_corpus
 
-__all__ = ["Corpus", "Split", "load_corpus"]
+__all__ = ["KINDS", "Corpus", "Split", "load_corpus"]

@@ -33,7 +33,7 @@ def load_pretrained(section: ModelSection, path: str, revision: str | None) -> t
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     options = {"revision": revision or "main", "trust_remote_code": section.trust_remote_code}
-    with explain_load_errors(path, revision):
+    with explain_load_errors(path, revision), without_bars():
         config = load_config(section, path, revision)
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
         model = AutoModelForCausalLM.from_pretrained(
@@ -154,6 +154,20 @@ _CONVERT = (
     "pickled weights (.bin, .pt) can run code when loaded and are refused: convert them once with "
     "transformers' save_pretrained, or name a revision that has safetensors"
 )
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Keep transformers' bars over weight files off the screen (downloads show their own)."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 @contextmanager

@@ -223,7 +223,8 @@ class ModelStore:
     def _save_model(self, handle: Handle, folder: Path) -> None:
         model = handle.trunk.model
         state = dict(handle.trunk.base_state())
-        model.save_pretrained(str(folder), state_dict=state)
+        with loading.without_bars():
+            model.save_pretrained(str(folder), state_dict=state)
         handle.codec.save_tokenizer(folder)
 
 

@@ -138,7 +138,7 @@ def test_one_stage_alone_says_what_is_missing(run):
 
 def test_one_stage_alone_shows_the_difference_to_what_is_there(run):
     run()
-    with pytest.raises(CheckpointError, match=r"section\.rate: 1\.0 -> 5\.0"):
+    with pytest.raises(CheckpointError, match=r"first\.rate: 1\.0 -> 5\.0"):
         run(only="second", first={"rate": 5})
 
 
@@ -174,6 +174,6 @@ def test_lora_settings_change_only_the_stages_that_train_adapters(run, tmp_path)
 
 
 def test_difference_names_the_changed_leaves():
-    old = {"section": {"optim": {"lr": 1e-3, "eps": 1e-8}}, "data": {"p": "x"}}
-    new = {"section": {"optim": {"lr": 2e-3, "eps": 1e-8}}, "data": {"p": "y"}}
-    assert difference(old, new) == 'data.p: "x" -> "y", section.optim.lr: 0.001 -> 0.002'
+    old = {"sft": {"optim": {"lr": 1e-3, "eps": 1e-8}}, "data": {"p": "x"}}
+    new = {"sft": {"optim": {"lr": 2e-3, "eps": 1e-8}}, "data": {"p": "y"}}
+    assert difference(old, new) == 'data.p: "x" -> "y", sft.optim.lr: 0.001 -> 0.002'

@@ -49,7 +49,7 @@ def finish(run: RunFolder, stage: str, parents: dict[str, str], **material: Any)
         stage=stage,
         key=stage,
         material={
-            "section": CONFIG[stage],
+            stage: CONFIG[stage],
             "common": {"seed": 3, "mixed_precision": "no", "model": CONFIG["model"]},
             "parents": parents,
             **material,
@@ -93,7 +93,7 @@ def test_states_of_a_run_on_its_way(run: RunFolder) -> None:
 
 
 def test_stale_by_settings_and_by_parents(run: RunFolder) -> None:
-    finish(run, "sft", {}, section={"tuning": "full", "epochs": 3.0})
+    finish(run, "sft", {}, sft={"tuning": "full", "epochs": 3.0})
     finish(run, "reward", {"sft": "another key"})
     finish(run, "ppo", {"sft": "sft"}, common={"seed": 4, "lora": {"rank": 8}})
     found = states(run)
