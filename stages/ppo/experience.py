@@ -1,0 +1,90 @@
+"""From a rollout to what the update learns from: token rewards, advantages, returns."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.tensors import masked_sum
+from stages.ppo.config import AdvantageSection, KlSection
+from stages.ppo.objective import (
+    explained_variance,
+    gae,
+    kl_estimate,
+    mean_variance,
+    moments,
+    token_rewards,
+    whiten,
+)
+from stages.ppo.rollout import Rollout
+
+AllSum = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Experience:
+    """A rollout with its advantages and returns, (B, R) each, zeros on padding."""
+
+    rollout: Rollout
+    advantages: Tensor
+    returns: Tensor
+    explained_variance: float  # of the returns, by the values before this iteration's update
+
+
+def appraise(
+    rollout: Rollout, kl_coef: float, section: AdvantageSection, all_sum: AllSum
+) -> Experience:
+    """Token rewards, GAE and whitening with the moments of all processes' tokens.
+
+    Returns are advantages + values before whitening. `all_sum` adds a tensor up over processes.
+    """
+    mask = rollout.mask
+    rewards = token_rewards(rollout.logprobs, rollout.ref_logprobs, rollout.rewards, mask, kl_coef)
+    if section.whiten_rewards:
+        rewards = whiten(rewards, mask, all_sum(moments(rewards, mask)), shift_mean=False)
+    advantages, returns = gae(rewards, rollout.values, mask, section.gamma, section.gae_lambda)
+    explained = explained_variance(
+        all_sum(moments(returns - rollout.values, mask)), all_sum(moments(returns, mask))
+    )
+    if section.whiten:
+        advantages = whiten(advantages, mask, all_sum(moments(advantages, mask)), shift_mean=True)
+    return Experience(rollout, advantages, returns, explained)
+
+
+def rollout_metrics(rollout: Rollout, kl: KlSection, all_sum: AllSum) -> dict[str, float]:
+    """Means over all processes' responses and response tokens, never over padding.
+
+    `kl` is the mean k1 sum of a response, in nats: what the controller steers and the penalty sees.
+    """
+    mask = rollout.mask
+    k1 = kl_estimate(rollout.logprobs, rollout.ref_logprobs, "k1")
+    logged = kl_estimate(rollout.logprobs, rollout.ref_logprobs, kl.estimator)
+    ones = torch.ones(len(rollout), 1, dtype=torch.bool, device=mask.device)
+    scores = all_sum(moments(rollout.scores.unsqueeze(1), ones))
+    score, score_variance = mean_variance(scores)
+    totals = all_sum(
+        torch.stack(
+            [
+                masked_sum(k1.double(), mask),
+                masked_sum(logged.double(), mask),
+                masked_sum(rollout.entropy.double(), mask),
+                rollout.rewards.sum().double(),
+                rollout.ended.sum().double(),
+                mask.sum().double(),
+            ]
+        )
+    ).tolist()
+    k1_sum, logged_sum, entropy_sum, reward_sum, ended, tokens = totals
+    responses = float(scores[0])
+    return {
+        "score": score,
+        "score_std": score_variance**0.5,
+        "reward": reward_sum / responses,
+        "kl": k1_sum / responses,
+        f"kl_{kl.estimator}_per_token": logged_sum / tokens,
+        "entropy": entropy_sum / tokens,
+        "response_tokens": tokens / responses,
+        "eos_rate": ended / responses,
+        "responses": responses,
+    }

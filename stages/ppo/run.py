@@ -1,0 +1,279 @@
+"""Stage 3: proximal policy optimisation against the reward, with a KL penalty to the start policy.
+
+The InstructGPT recipe (arXiv:2203.02155, sec. 3.5 and app. C.4): sample, score, penalise each token
+by its log-ratio to the frozen start policy, GAE with a value model that starts as the reward model,
+clipped policy and value losses; InstructGPT's language-model term is `ppo.optim.ptx_coef`.
+Deliberate deviations: losses are divided by the global count of response tokens, not averaged over
+sequences; gradients of policy and value model are clipped apart; a step of the learning-rate
+schedule is an iteration.
+
+    rlhf ppo configs/quickstart.yaml ppo.kl_coef=0.1
+"""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from pipeline.errors import DataError
+from pipeline.generation import NativeEngine
+from pipeline.stage import Context, Summary
+from stages.ppo.checkpoints import Checkpoints
+from stages.ppo.controllers import AdaptiveKl, FixedKl, KlController, StopRules
+from stages.ppo.experience import Experience, appraise, rollout_metrics
+from stages.ppo.models import build_models, open_rewards, open_start
+from stages.ppo.rollout import HELD_OUT_STREAM, PromptOrder, Rollout, collect
+from stages.ppo.samples import FixedTexts, SampleFiles
+from stages.ppo.update import ActorCritic, Ragged, Updater, update_metrics
+
+HELD_OUT_METRICS = ("score", "reward", "kl", "response_tokens", "eos_rate")
+
+
+class PpoStage:
+    """From the SFT policy and a reward to a policy that earns more of it."""
+
+    name = "ppo"
+    title = "policy optimisation (PPO)"
+
+    def needs(self, config: Any) -> tuple[str, ...]:
+        """The run's SFT and reward model, where the config names no others."""
+        own = {"sft": config.ppo.policy, "reward": config.ppo.rewards}
+        return tuple(stage for stage, resource in own.items() if resource is None)
+
+    def reads(self, config: Any) -> tuple[str, ...]:
+        """Prompts, and demonstrations for the language-model term."""
+        return ("prompts", "demonstrations") if config.ppo.optim.ptx_coef else ("prompts",)
+
+    def resources(self, config: Any) -> Mapping[str, str]:
+        """The policy and rewards that the config names."""
+        named = {"ppo.policy": config.ppo.policy, "ppo.rewards": config.ppo.rewards}
+        return {field: resource for field, resource in named.items() if resource is not None}
+
+    def run(self, context: Context) -> Summary:
+        """Train the policy; leave it, samples, texts and metrics.
+
+        Raises:
+            DataError: no prompts to train on, or none held out.
+            ModelError: policy, rewards and adapters do not fit one another.
+            TrainingError: a loss, gradient, score or logit is not finite.
+        """
+        return Training(context).run()
+
+
+class Training:
+    """One PPO run: its models, what it keeps from iteration to iteration, and the loop."""
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self.section = section = context.config.ppo
+        self.runtime = runtime = context.runtime
+        prompts = context.corpus.prompts
+        self.held_out = prompts.held_out[: section.held_out.num_prompts]
+        for part, rows in (("train on", prompts.train), ("hold out", self.held_out)):
+            if not rows:
+                raise DataError(
+                    f"ppo: there are no prompts to {part}. Check data.prompts (or the dataset "
+                    "that prompts are taken from) and data.held_out_fraction"
+                )
+        runtime.seed_all("ppo")  # new adapters start at random
+        start = open_start(context)
+        self.rewards = open_rewards(context, start)
+        self.models = build_models(start, self.rewards, context.config, context.store)
+        self.engine = NativeEngine(section.rollout.generation_rows)
+        self.order = PromptOrder(prompts.train, runtime.seed("prompts"))
+        self.updater = Updater(
+            ActorCritic(self.models.policy, self.models.value),
+            section.optim,
+            runtime,
+            iterations=section.iterations,
+            temperature=section.rollout.temperature,
+            demonstrations=self._demonstrations(),
+        )
+        self.kl: KlController = FixedKl(section.kl_coef)
+        if section.kl.controller == "adaptive":
+            self.kl = AdaptiveKl(section.kl_coef, section.kl.target, section.kl.horizon)
+        self.stop_rules = StopRules(**section.stop.model_dump())
+        self.value_is_warm = self.models.value_from_reward
+        self.checkpoints = Checkpoints(context, self.models.policy)
+        codec, root = self.models.policy.codec, context.folder.root
+        self.texts = FixedTexts(root / "texts.jsonl", codec, section.held_out.num_texts)
+        self.samples: SampleFiles | None = None
+        if section.samples.enabled:
+            rows, prefix = section.samples.rows_per_file, f"rank{runtime.rank}"
+            self.samples = SampleFiles(root / "samples", codec, rows, prefix)
+
+    # --- the loop ---
+
+    def run(self) -> Summary:
+        """Iterate: collect, appraise, update, log; evaluate now and then; stop if it diverges."""
+        started = self.evaluate(0)
+        self.context.tracker.log(0, started)
+        metrics, iteration, stopped = started, 0, None
+        with self.progress() as progress:
+            task = progress.add_task("PPO", total=self.section.iterations, numbers="")
+            for iteration in range(1, self.section.iterations + 1):
+                clock = [time.perf_counter()]
+                rollout = self.collect(iteration)
+                clock.append(time.perf_counter())
+                experience = appraise(
+                    rollout, self.kl.coef, self.section.advantage, self.runtime.all_sum
+                )
+                metrics = self.update(experience, iteration)
+                clock.append(time.perf_counter())
+                metrics |= {
+                    "seconds_collect": clock[1] - clock[0],
+                    "seconds_update": clock[2] - clock[1],
+                }
+                stopped = self.stop_reason(metrics)
+                self.log(experience, metrics, iteration, last=stopped is not None)
+                progress.update(task, advance=1, numbers=_bar_numbers(metrics))
+                if stopped:
+                    self.context.console.print(
+                        f"[yellow]ppo stopped after iteration {iteration}: {stopped}. The best "
+                        f"policy is kept. Raise ppo.kl_coef or lower ppo.optim.learning_rate.[/]"
+                    )
+                    break
+        return self.finish(started, metrics, iteration, stopped)
+
+    def collect(self, iteration: int) -> Rollout:
+        """Sample and score this process's share of the iteration's prompts."""
+        section = self.section.rollout
+        prompts, indices = self.order.draw(
+            iteration - 1, section, self.runtime.rank, self.runtime.world_size
+        )
+        models = self.models
+        with self.runtime.autocast():
+            return collect(
+                models.policy,
+                models.reference,
+                models.value,
+                self.engine,
+                self.rewards,
+                prompts,
+                indices,
+                section,
+                seed=self.runtime.seed("rollouts"),
+                reward_clip=self.section.advantage.reward_clip,
+            )
+
+    def update(self, experience: Experience, iteration: int) -> dict[str, float]:
+        """One update of policy and value, or of the value alone while it warms up."""
+        warm = self.is_warm(experience, iteration)
+        metrics = rollout_metrics(experience.rollout, self.section.kl, self.runtime.all_sum)
+        metrics["explained_variance"] = experience.explained_variance
+        metrics["kl_coef"] = self.kl.coef
+        steps = self.updater.update(experience, iteration, train_policy=warm)
+        if warm:
+            self.kl.update(metrics["kl"], self.section.rollout.num_rollouts)
+        return metrics | update_metrics(steps) | self.updater.learning_rates()
+
+    def is_warm(self, experience: Experience, iteration: int) -> bool:
+        """Whether the value model is good enough for the policy to learn from.
+
+        After `value_warmup_iterations`; and where it has no reward model to start from, once it
+        explains something of the returns, or after `value_warmup_limit` iterations.
+        """
+        optim = self.section.optim
+        explains = experience.explained_variance > 0 or iteration > optim.value_warmup_limit
+        self.value_is_warm = self.value_is_warm or explains
+        return self.value_is_warm and iteration > optim.value_warmup_iterations
+
+    def stop_reason(self, metrics: Mapping[str, float]) -> str | None:
+        """Which rule of `ppo.stop` the run has broken for too long, if any."""
+        names = ("kl", "score", "score_std", "eos_rate")
+        return self.stop_rules.check(**{name: metrics[name] for name in names})
+
+    def evaluate(self, iteration: int) -> dict[str, float]:
+        """Score held-out prompts with the same noise each time; keep the policy if it is best."""
+        rows = list(self.runtime.share(len(self.held_out)))
+        with self.runtime.autocast():
+            rollout = collect(
+                self.models.policy,
+                self.models.reference,
+                None,
+                self.engine,
+                self.rewards,
+                [self.held_out[row] for row in rows],
+                rows,
+                self.section.rollout,
+                seed=self.runtime.seed("held out"),
+                stream=HELD_OUT_STREAM,
+                reward_clip=self.section.advantage.reward_clip,
+            )
+        if self.runtime.is_main:
+            self.texts.write(rollout, iteration)
+        metrics = rollout_metrics(rollout, self.section.kl, self.runtime.all_sum)
+        self.checkpoints.offer(iteration, metrics["reward"])
+        return {f"held_out_{name}": metrics[name] for name in HELD_OUT_METRICS}
+
+    def log(
+        self, experience: Experience, metrics: dict[str, float], iteration: int, *, last: bool
+    ) -> None:
+        """Samples and metrics of an iteration, with held-out metrics when they are due."""
+        if self.samples is not None:
+            self.samples.write(experience, iteration)
+        if (
+            last
+            or iteration % self.section.held_out.every == 0
+            or (iteration == self.section.iterations)
+        ):
+            metrics |= self.evaluate(iteration)
+        self.context.tracker.log(iteration, metrics)
+
+    def finish(
+        self,
+        started: Mapping[str, float],
+        ended: Mapping[str, float],
+        iteration: int,
+        stopped: str | None,
+    ) -> Summary:
+        """Leave the chosen policy as the artifact, hand the trunk on, return key numbers."""
+        self.models.policy.trunk.freeze()
+        self.models.release_value()
+        keep_best = self.section.keep == "best" or stopped is not None
+        chosen = self.checkpoints.finish(iteration, keep_best=keep_best)
+        assert self.checkpoints.best is not None
+        return {
+            "iterations": iteration,
+            "kept_iteration": chosen,
+            "best_iteration": self.checkpoints.best[0],
+            "held_out_reward_start": started["held_out_reward"],
+            "held_out_reward_best": self.checkpoints.best[1],
+            **{name: ended[name] for name in ended if name.startswith("held_out_")},
+            **{name: ended[name] for name in ("kl", "eos_rate", "kl_coef") if name in ended},
+            **({"stopped": stopped} if stopped else {}),
+        }
+
+    # --- parts ---
+
+    def progress(self) -> Progress:
+        """A bar with the numbers one watches."""
+        return Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeRemainingColumn(),
+            console=self.context.console,
+            disable=not self.runtime.is_main,
+        )
+
+    def _demonstrations(self) -> list[Ragged]:
+        if not self.section.optim.ptx_coef:
+            return []
+        rows = self.context.corpus.demonstrations.train
+        if not rows:
+            raise DataError(
+                f"ppo.optim.ptx_coef is {self.section.optim.ptx_coef:g} but data.demonstrations "
+                "has no training rows: name demonstrations or set ppo.optim.ptx_coef to 0"
+            )
+        codec = self.models.policy.codec
+        return [codec.pair_ids(row.prompt, row.response) for row in rows]
+
+
+def _bar_numbers(metrics: Mapping[str, float]) -> str:
+    return (
+        f"score {metrics['score']:.3f}  KL {metrics['kl']:.2f}  "
+        f"length {metrics['response_tokens']:.1f}  EOS {metrics['eos_rate']:.0%}"
+    )

@@ -1,0 +1,338 @@
+"""The PPO update: epochs x minibatches of one optimiser step each, accumulated over micro-batches.
+
+Every loss is a sum over response tokens divided by the *global* token count of the optimiser step,
+so neither micro-batches nor processes change the result. Policy and value model sit in one module
+with one forward a micro-batch; what is trainable is fixed before it is wrapped. Their gradients are
+clipped apart: a large value error never shrinks the policy's step.
+"""
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pipeline.batches import TokenBatch, micro_batches
+from pipeline.distributed import Runtime
+from pipeline.errors import TrainingError
+from pipeline.models.trunk import Handle, TrunkOutput
+from pipeline.tensors import masked_sum
+from stages.ppo.config import PpoOptimSection
+from stages.ppo.controllers import schedule_factor
+from stages.ppo.experience import Experience
+from stages.ppo.objective import policy_loss, value_loss
+from stages.ppo.rollout import row_lengths, shares_trunk, take
+
+# Sums over response tokens that each micro-batch reports, in this order.
+SUMS = (
+    "policy_loss",
+    "value_loss",
+    "entropy",
+    "clip_fraction",
+    "value_clip_fraction",
+    "approx_kl",
+    "ratio_mean",
+)
+Ragged = tuple[list[int], list[int]]  # prompt ids, response ids
+
+
+class ActorCritic(nn.Module):
+    """Policy and value model as one module with one forward, for one optimiser.
+
+    They are two adapters of one trunk, two trunks, or one trunk and adapter with a value head; in
+    the last case one pass serves both. Dropout stays off: log-probs must be those of the rollout.
+    """
+
+    def __init__(self, policy: Handle, value: Handle) -> None:
+        super().__init__()
+        self.policy, self.value = policy, value
+        self.shared = shares_trunk(policy, value)
+        # Registered once each, so that wrappers and optimisers see every weight once.
+        trunks = {id(handle.trunk): handle.trunk for handle in (policy, value)}
+        self.trunks = nn.ModuleList(trunks.values())
+        for trunk in trunks.values():
+            trunk.freeze()
+        for parameter in (*self.policy_parameters(), *self.value_parameters()):
+            parameter.requires_grad_(True)
+
+    def policy_parameters(self) -> list[nn.Parameter]:
+        """The policy's adapter, or all its weights."""
+        return self.policy.parameters()
+
+    def value_parameters(self) -> list[nn.Parameter]:
+        """The value model's weights that are not the policy's."""
+        policy = {id(parameter) for parameter in self.policy_parameters()}
+        return [p for p in self.value.parameters() if id(p) not in policy]
+
+    def forward(
+        self, batch: TokenBatch, want: Collection[str], temperature: float = 1.0
+    ) -> TrunkOutput:
+        """`want` of logprobs, entropy (policy) and values (value model), (B, R) each."""
+        if self.shared:
+            return self.value(batch, want, temperature)
+        policy_wants = [name for name in want if name != "values"]
+        out = self.policy(batch, policy_wants, temperature) if policy_wants else TrunkOutput()
+        if "values" in want:
+            out.values = self.value(batch, ["values"]).values
+        return out
+
+
+@dataclass(frozen=True)
+class Step:
+    """Statistics of one optimiser step over its global response tokens."""
+
+    tokens: float
+    sums: dict[str, float]  # SUMS
+    ratio_max: float
+    grad_norms: dict[str, float]  # before clipping; empty where target_kl prevented the step
+
+    def mean(self, name: str) -> float:
+        """One of SUMS, per token."""
+        return self.sums[name] / self.tokens
+
+
+class Updater:
+    """Owns the optimiser and updates the actor-critic from one iteration's experience."""
+
+    def __init__(
+        self,
+        actor_critic: ActorCritic,
+        section: PpoOptimSection,
+        runtime: Runtime,
+        *,
+        iterations: int,
+        temperature: float,
+        demonstrations: Sequence[Ragged] = (),
+    ) -> None:
+        self.section = section
+        self.runtime = runtime
+        self.iterations = iterations
+        self.temperature = temperature
+        self.demonstrations = demonstrations
+        self.pad_id = actor_critic.policy.codec.pad_id
+        self.device = actor_critic.policy.trunk.device
+        self.groups = {
+            "policy": actor_critic.policy_parameters(),
+            "value": actor_critic.value_parameters(),
+        }
+        self.peak_rates = {
+            "policy": section.learning_rate,
+            "value": section.value_learning_rate or section.learning_rate,
+        }
+        optimiser = torch.optim.AdamW(
+            [
+                {"params": parameters, "lr": self.peak_rates[name], "name": name}
+                for name, parameters in self.groups.items()
+            ],
+            betas=(section.adam_beta1, section.adam_beta2),
+            eps=section.adam_eps,
+            weight_decay=section.weight_decay,
+        )
+        self.module, self.optimiser = runtime.prepare(actor_critic, optimiser)
+
+    def update(
+        self, experience: Experience, iteration: int, *, train_policy: bool = True
+    ) -> list[Step]:
+        """One iteration: `ppo_epochs` passes over the experience, `minibatches` steps each.
+
+        Iterations count from 1; `train_policy=False` is value warm-up. Stops before the step whose
+        approximate KL to the policy that sampled is above `target_kl`; it is last in the list.
+
+        Raises:
+            TrainingError: a loss or gradient is not finite; the weights are those before the step.
+        """
+        self._set_learning_rates(iteration)
+        steps: list[Step] = []
+        for epoch in range(self.section.ppo_epochs):
+            for number, rows in enumerate(self._minibatches(experience, iteration, epoch)):
+                place = f"iteration {iteration}, epoch {epoch}, minibatch {number}"
+                tokens, sums, ratio_max = self._accumulate(experience, rows, train_policy, place)
+                approx_kl = sums["approx_kl"] / tokens
+                target = self.section.target_kl
+                if target is not None and approx_kl > target:
+                    self.optimiser.zero_grad()
+                    return [*steps, Step(tokens, sums, ratio_max, {})]
+                if train_policy and self.demonstrations:
+                    self._accumulate_demonstrations(len(rows), iteration, epoch, number)
+                norms = self._step(train_policy, place)
+                steps.append(Step(tokens, sums, ratio_max, norms))
+        return steps
+
+    def learning_rates(self) -> dict[str, float]:
+        """The current learning rate of each group, as metrics."""
+        return {f"learning_rate_{g['name']}": g["lr"] for g in self.optimiser.param_groups}
+
+    def _set_learning_rates(self, iteration: int) -> None:
+        # A step of the schedule is an iteration: early stopping must not stretch the schedule.
+        warmup = round(self.section.warmup_fraction * self.iterations)
+        factor = schedule_factor(self.section.schedule, iteration - 1, self.iterations, warmup)
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.peak_rates[group["name"]] * factor
+
+    def _minibatches(
+        self, experience: Experience, iteration: int, epoch: int
+    ) -> Iterator[list[int]]:
+        """Local rows of each minibatch: a permutation of the *global* sample indices, cut."""
+        local = {index: row for row, index in enumerate(experience.rollout.sample_indices)}
+        indices = sorted(self.runtime.gather_objects(list(local)))
+        random = np.random.default_rng([self.runtime.seed("minibatches"), iteration, epoch])
+        for part in np.array_split(random.permutation(indices), self.section.minibatches):
+            yield [local[index] for index in part.tolist() if index in local]
+
+    def _accumulate(
+        self, experience: Experience, rows: list[int], train_policy: bool, place: str
+    ) -> tuple[float, dict[str, float], float]:
+        """Gradients of one minibatch; its global token count, sums and largest ratio."""
+        lengths = row_lengths(experience.rollout.batch)
+        local_tokens = experience.rollout.batch.response_lengths[rows].sum()
+        tokens = float(self.runtime.all_sum(local_tokens))
+        parts = micro_batches([lengths[row] for row in rows], self.section.micro_batch_tokens)
+        measured: list[Tensor] = []
+        for number, part in enumerate(parts):
+            chosen = [rows[position] for position in part]
+            last = number == len(parts) - 1
+            loss, sums = self._losses(experience, chosen, train_policy)
+            self._backward(loss / tokens, last)
+            measured.append(sums)
+        self._refuse_not_finite(experience, measured, rows, parts, place)
+        stacked = torch.stack(measured)
+        totals = self.runtime.all_sum(stacked[:, :-1].sum(0)).tolist()
+        ratio_max = max(self.runtime.gather_objects([float(stacked[:, -1].max())]))
+        return tokens, dict(zip(SUMS, totals, strict=True)), ratio_max
+
+    def _losses(
+        self, experience: Experience, rows: list[int], train_policy: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Summed loss of some rows, and (len(SUMS) + 1,): their SUMS and largest ratio."""
+        section = self.section
+        batch = take(experience.rollout.batch, rows)
+        mask = batch.response_mask
+        cut = partial(_rows, rows=rows, width=mask.shape[1])
+        want = ["values"]
+        if train_policy:
+            want += ["logprobs", "entropy"] if section.entropy_coef else ["logprobs"]
+        with self.runtime.autocast():
+            out = self.module(batch, want, self.temperature)
+        value = value_loss(
+            out.values,
+            cut(experience.rollout.values),
+            cut(experience.returns),
+            mask,
+            section.value_clip_range,
+        )
+        loss = section.value_coef * value.loss
+        zero = torch.zeros_like(value.loss)
+        if not train_policy:
+            sums = [zero, value.loss, zero, zero, value.clipped, zero, zero, zero]
+            return loss, torch.stack([item.detach().double() for item in sums])
+        policy = policy_loss(
+            out.logprobs,
+            cut(experience.rollout.logprobs),
+            cut(experience.advantages),
+            mask,
+            section.clip_range,
+            section.dual_clip,
+        )
+        loss = loss + policy.loss
+        entropy = zero
+        if section.entropy_coef:
+            entropy = masked_sum(out.entropy, mask)
+            loss = loss - section.entropy_coef * entropy
+        sums = [policy.loss, value.loss, entropy, policy.clipped, value.clipped]
+        sums += [policy.approx_kl, policy.ratio, policy.ratio_max]
+        return loss, torch.stack([item.detach().double() for item in sums])
+
+    def _accumulate_demonstrations(
+        self, count: int, iteration: int, epoch: int, number: int
+    ) -> None:
+        """Gradients of ptx_coef x mean NLL of `count` drawn demonstrations (InstructGPT, eq. 2)."""
+        stream = [self.runtime.seed("ptx"), iteration, epoch, number, self.runtime.rank]
+        drawn = np.random.default_rng(stream).integers(len(self.demonstrations), size=count)
+        prompts, responses = zip(*(self.demonstrations[i] for i in drawn.tolist()), strict=True)
+        batch = TokenBatch.from_ragged(prompts, responses, self.pad_id, self.device)
+        tokens = float(self.runtime.all_sum(batch.response_lengths.sum()))
+        parts = micro_batches(row_lengths(batch), self.section.micro_batch_tokens)
+        for position, rows in enumerate(parts):
+            with self.runtime.autocast():
+                part = take(batch, rows)
+                # A language-model loss: at temperature 1 whatever the policy is sampled with.
+                logprobs = self.module(part, ["logprobs"]).logprobs
+            loss = -masked_sum(logprobs, part.response_mask)
+            self._backward(self.section.ptx_coef * loss / tokens, position == len(parts) - 1)
+
+    def _backward(self, loss: Tensor, last: bool) -> None:
+        # DDP averages gradients over processes; ours are already shares of a global mean.
+        loss = loss * self.runtime.world_size
+        if last:
+            self.runtime.backward(loss)
+        else:
+            with self.runtime.no_sync(self.module):
+                self.runtime.backward(loss)
+
+    def _step(self, train_policy: bool, place: str) -> dict[str, float]:
+        if not train_policy:
+            # A value head on the policy's trunk sends gradient into the policy too.
+            for parameter in self.groups["policy"]:
+                parameter.grad = None
+        norms = {
+            name: float(self.runtime.clip_grad_norm(parameters, self.section.max_grad_norm))
+            for name, parameters in self.groups.items()
+            if train_policy or name == "value"
+        }
+        for name, norm in norms.items():
+            if not np.isfinite(norm):
+                self.optimiser.zero_grad()
+                raise TrainingError(
+                    f"ppo: the {name} gradient is {norm} in {place}; no step was taken. "
+                    "Lower ppo.optim.learning_rate, or train in float32."
+                )
+        self.optimiser.step()
+        self.optimiser.zero_grad()
+        return norms
+
+    def _refuse_not_finite(
+        self,
+        experience: Experience,
+        measured: list[Tensor],
+        rows: list[int],
+        parts: list[list[int]],
+        place: str,
+    ) -> None:
+        """Name the first loss or ratio that is NaN or infinite, and the rows it came from."""
+        finite = torch.stack(measured).isfinite()
+        if bool(finite.all()):
+            return
+        part = int((~finite).any(1).nonzero()[0])
+        name = [*SUMS, "ratio_max"][int((~finite[part]).nonzero()[0])]
+        indices = sorted(experience.rollout.sample_indices[rows[row]] for row in parts[part])
+        self.optimiser.zero_grad()
+        raise TrainingError(
+            f"ppo: {name} is not finite in {place}, among the samples {indices[:8]}"
+            f"{' ...' if len(indices) > 8 else ''}; no step was taken. Lower "
+            "ppo.optim.learning_rate or ppo.optim.ppo_epochs, or clip scores "
+            "(ppo.advantage.reward_clip)."
+        )
+
+
+def update_metrics(steps: Sequence[Step]) -> dict[str, float]:
+    """Means over the tokens of all steps (each counted once an epoch), and gradient norms."""
+    tokens = sum(step.tokens for step in steps)
+    taken = [step for step in steps if step.grad_norms]
+    # The entropy that is logged is the rollout's; while the value warms up there is no ratio.
+    policy_trained = any("policy" in step.grad_norms for step in taken)
+    names = [n for n in SUMS if n.startswith("value") or (policy_trained and n != "entropy")]
+    metrics = {name: sum(step.sums[name] for step in steps) / tokens for name in names}
+    if policy_trained:
+        metrics["ratio_max"] = max(step.ratio_max for step in steps)
+    metrics["optimiser_steps"] = float(len(taken))
+    for name in ("policy", "value"):
+        norms = [step.grad_norms[name] for step in taken if name in step.grad_norms]
+        if norms:
+            metrics[f"grad_norm_{name}"] = sum(norms) / len(norms)
+    return metrics
+
+
+def _rows(x_br: Tensor, rows: list[int], width: int) -> Tensor:
+    return x_br[rows, :width]
