@@ -244,3 +244,48 @@ class OptimSection(Section):
 
 
 Tuning = Literal["full", "lora"]
+
+
+def _steps_or_share(value: float) -> float:
+    if value >= 1 and value != int(value):
+        raise ValueError(
+            f"{value} is neither a whole number of steps (1, 2, ...) nor a share of all steps "
+            "(above 0 and below 1)"
+        )
+    return value
+
+
+class FitSection(Section):
+    """What SFT and reward training have in common (`pipeline.hf_trainer`)."""
+
+    epochs: Positive = Field(1.0, description="Passes over the training rows.")
+    max_steps: PositiveInt | None = Field(
+        None, description="Optimiser steps after which training ends, whatever `epochs` says."
+    )
+    batch_size: PositiveInt = Field(
+        32, description="Rows (demonstrations, rankings) an optimiser step, over all processes."
+    )
+    micro_batch_tokens: PositiveInt = Field(
+        8192,
+        description="Most tokens, padding included, in one forward pass; sets memory, not results. "
+        "The responses of one ranking stay together even if they exceed it.",
+    )
+    optim: OptimSection = Field(OptimSection(), description="AdamW and its schedule.")
+    gradient_checkpointing: bool = Field(
+        False, description="Recompute activations in the backward pass: less memory, slower."
+    )
+    eval_every: Annotated[Positive, AfterValidator(_steps_or_share)] = Field(
+        0.25,
+        description="Optimiser steps between evaluations; below 1 it is a share of all steps.",
+    )
+    eval_rows: PositiveInt | None = Field(
+        None, description="Evaluate on the first held-out rows only, this many; null takes all."
+    )
+    patience: PositiveInt | None = Field(
+        None,
+        description="Stop after this many evaluations without a lower loss; null never stops.",
+    )
+    keep: Literal["best", "last"] = Field(
+        "best", description="Weights kept: those of the lowest held-out loss, or the last."
+    )
+    log_every: PositiveInt = Field(10, description="Optimiser steps between rows of metrics.")

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from pipeline.config import OptimSection, RunSection
+from pipeline.config import FitSection, RunSection
 from pipeline.errors import TrainingError
 from pipeline.fence import BestWeights, fenced
 from pipeline.row_order import plan_steps
@@ -43,29 +43,6 @@ _REMEDY = (
     "Lower optim.learning_rate or optim.max_grad_norm, raise optim.warmup_fraction, or look at the "
     "rows of that step."
 )
-
-
-class FitSection(Protocol):
-    """The settings that every stage trained through the fence has (see `stages/*/config.py`)."""
-
-    @property
-    def optim(self) -> OptimSection: ...
-    @property
-    def epochs(self) -> float: ...
-    @property
-    def max_steps(self) -> int | None: ...
-    @property
-    def batch_size(self) -> int: ...
-    @property
-    def micro_batch_tokens(self) -> int: ...
-    @property
-    def gradient_checkpointing(self) -> bool: ...
-    @property
-    def eval_every(self) -> float: ...
-    @property
-    def keep(self) -> str: ...
-    @property
-    def log_every(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -129,7 +106,6 @@ class PlannedTrainer(Trainer, ABC):
         train: rows to train on.
         held_out: rows to evaluate on; none means no evaluation, and the last weights are kept.
         log: receives (step, metrics), for instance `Tracker.log`.
-        patience: stop after this many evaluations without a lower loss.
         console: shows a progress bar if it is a terminal.
     """
 
@@ -142,7 +118,6 @@ class PlannedTrainer(Trainer, ABC):
         train: Rows,
         held_out: Rows | None,
         log: Callable[[int, dict[str, float]], None],
-        patience: int | None = None,
         console: Console | None = None,
         title: str = "training",
     ) -> None:
@@ -161,7 +136,7 @@ class PlannedTrainer(Trainer, ABC):
             callbacks=[_Progress(console, title)],
         )
         self.write_metrics = log
-        self.patience = patience
+        self.patience = section.patience
         self.best = BestWeights(module) if section.keep == "best" and held_out is not None else None
         self.lowest_loss = math.inf
         self.evaluations_since_best = 0

@@ -109,7 +109,6 @@ def train_handle(
         train=train,
         held_out=held_out if len(held_out) else None,
         log=context.tracker.log,
-        patience=section.patience,
         console=context.console,
         title="SFT",
     )

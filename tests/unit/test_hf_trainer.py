@@ -7,16 +7,16 @@ import copy
 import gc
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.config import OptimSection, RunSection
+from pipeline.config import FitSection, OptimSection, RunSection
 from pipeline.errors import TrainingError
 from pipeline.fence import fenced
 from pipeline.hf_trainer import FitSummary, PlannedTrainer
@@ -36,16 +36,13 @@ def _quick_collections() -> Iterator[None]:
 OPTIM = OptimSection(learning_rate=0.05, schedule="constant", max_grad_norm=1e9)
 
 
-@dataclass(frozen=True)
-class Settings:
+class Settings(FitSection):
     optim: OptimSection = OPTIM
     epochs: float = 2
-    max_steps: int | None = None
     batch_size: int = 5
     micro_batch_tokens: int = 10**9
-    gradient_checkpointing: bool = False
     eval_every: float = 1
-    keep: str = "last"
+    keep: Literal["best", "last"] = "last"
     log_every: int = 1
 
 
@@ -86,7 +83,6 @@ def fit(
     settings: Settings,
     held_out: PointRows | None = None,
     trainer: Callable[..., PlannedTrainer] = SquaredError,
-    patience: int | None = None,
 ) -> tuple[FitSummary, list[tuple[int, dict[str, float]]]]:
     written: list[tuple[int, dict[str, float]]] = []
     made = trainer(
@@ -97,7 +93,6 @@ def fit(
         train=PointRows(),
         held_out=held_out,
         log=lambda step, metrics: written.append((step, metrics)),
-        patience=patience,
     )
     return made.fit(), written
 
@@ -210,7 +205,7 @@ def test_patience_stops(keep: str, kept_step: int, tmp_path: Path) -> None:
     class Trainer(Scripted):
         script: ClassVar = {1: 1.0, 2: 2.0, 3: 3.0, 4: 0.5}
 
-    summary, _ = fit(linear(), tmp_path, Settings(keep=keep), PointRows(7), Trainer, patience=2)
+    summary, _ = fit(linear(), tmp_path, Settings(keep=keep, patience=2), PointRows(7), Trainer)
     assert (summary.steps, summary.kept_step) == (3, kept_step)
     assert summary.held_out == {"loss": Trainer.script[kept_step]}
 
@@ -275,7 +270,7 @@ def test_only_what_requires_gradients_is_trained(tmp_path: Path) -> None:
     module = linear()
     module.weight.requires_grad_(False)
     before = module.weight.clone()
-    fit(module, tmp_path, replace(Settings(), keep="best"), PointRows(7))
+    fit(module, tmp_path, Settings(keep="best"), PointRows(7))
     assert torch.equal(module.weight, before) and module.bias.item() != linear().bias.item()
 
 
