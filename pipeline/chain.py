@@ -19,6 +19,7 @@ from typing import Any
 
 from rich.console import Console
 
+from pipeline.config import resource_path
 from pipeline.errors import CheckpointError
 from pipeline.runfolder import (
     Manifest,
@@ -271,7 +272,7 @@ class Chain:
 
 def resource_fingerprint(resource: str) -> str:
     """What identifies a file, a folder or a Hub id that a stage reads."""
-    path = Path(resource.partition(".py:")[0] + ".py" if ".py:" in resource else resource)
+    path = resource_path(resource)
     if path.is_file():
         return file_hash(path)
     if path.is_dir():

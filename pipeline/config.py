@@ -5,6 +5,7 @@ its unit: the config reference, the JSON Schema and editor completion are genera
 Reading YAML, overrides and the wording of errors live in `pipeline.yaml_config`.
 """
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,20 +26,33 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
+_FUNCTION = re.compile(r"(?P<where>.+\.py|[A-Za-z_][\w.]*):(?P<name>[A-Za-z_]\w*)")
+
+
+def function_reference(resource: str) -> tuple[str, str] | None:
+    """(file or module, function) of `file.py:function` or `module:function`, else None."""
+    match = _FUNCTION.fullmatch(resource)
+    return (match["where"], match["name"]) if match else None
+
+
+def resource_path(resource: str) -> Path:
+    """Where a resource would lie as a local file or folder; of a function, its file."""
+    reference = function_reference(resource)
+    return Path(reference[0] if reference else resource).expanduser()
+
+
 def _resolve(value: str, info: ValidationInfo) -> str:
     """Make a local path absolute: looked up beside the config file, then in the current folder.
 
     What exists in neither place stays as written: a Hub id, or an error for whoever opens it.
-    A `file.py:function` reference keeps its function name.
+    A reference to a function keeps the function's name.
     """
-    path, colon, function = value.partition(".py:")
-    if colon:
-        path += ".py"
+    path, reference = resource_path(value), function_reference(value)
     base = Path((info.context or {}).get("base_dir", "."))
     for folder in (base, Path()):
-        candidate = (folder / Path(path).expanduser()).resolve()
+        candidate = (folder / path).resolve()
         if candidate.exists():
-            return f"{candidate}:{function}" if colon else str(candidate)
+            return f"{candidate}:{reference[1]}" if reference else str(candidate)
     return value
 
 

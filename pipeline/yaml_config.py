@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from pipeline import yaml_core
-from pipeline.config import Resource
+from pipeline.config import Resource, resource_path
 from pipeline.errors import ConfigError
 from pipeline.yaml_core import Document, KeyPath
 
@@ -135,13 +135,11 @@ def _missing_files(config: BaseModel, document: Document, base: Path) -> Iterato
         for part in entry.path:
             value = getattr(value, part, None)
         for text in [value] if isinstance(value, str) else (value or ()):
-            path = Path(text.partition(".py:")[0] + ".py" if ".py:" in text else text)
+            path = resource_path(text)
             local = text.startswith(_LOCAL_STARTS) or path.name.endswith(_LOCAL_SUFFIXES)
-            if not local or path.expanduser().exists():
+            if not local or path.exists():
                 continue
-            tried = dict.fromkeys(
-                (folder / path.expanduser()).resolve() for folder in (base, Path())
-            )
+            tried = dict.fromkeys((folder / path).resolve() for folder in (base, Path()))
             yield (
                 f"{document.nearest(entry.path)}: {'.'.join(entry.path)} is {text!r}, which does "
                 f"not exist: looked for {' and '.join(map(str, tried))}"

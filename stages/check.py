@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
-from pipeline.config import SourceSection
+from pipeline.config import SourceSection, function_reference
 from pipeline.data import load_corpus
 from pipeline.data.corpus import KINDS
 from pipeline.data.formats import Kind
@@ -31,6 +31,7 @@ from pipeline.models.loading import (
     torch_dtype,
 )
 from pipeline.models.store import HANDLE
+from pipeline.rewards.sources import load_function
 from pipeline.runfolder import RunFolder, verify
 from pipeline.stage import Stage
 from stages.config import RunConfig, check_needs
@@ -137,8 +138,8 @@ def _examine(
     try:
         if setting == "model.architecture":
             return Finding(setting, resource, _built(config))
-        if ".py:" in resource:
-            return Finding(setting, resource, _function(resource))
+        if (reference := function_reference(resource)) is not None:
+            return Finding(setting, resource, _function(*reference))
         folder = Path(resource)
         if not folder.exists() and offline:
             return Finding(setting, resource, OFFLINE)
@@ -154,17 +155,19 @@ def _examine(
         return Finding(setting, resource, "", str(error))
 
 
-def _function(reference: str) -> str:
-    """A Python function exists; its file is parsed, not run. Raises ModelError."""
-    path, _, name = reference.rpartition(":")
+def _function(where: str, name: str) -> str:
+    """A Python function exists; a file is parsed, not run. Raises PipelineError."""
+    if not where.endswith(".py"):
+        load_function(f"{where}:{name}")
+        return f"a function of the module {where}"
     try:
-        tree = ast.parse(Path(path).read_text(encoding="utf-8"))
+        tree = ast.parse(Path(where).read_text(encoding="utf-8"))
     except (OSError, SyntaxError, ValueError) as error:
-        raise ModelError(f"{path} is not a Python file that can be read: {error}") from None
+        raise ModelError(f"{where} is not a Python file that can be read: {error}") from None
     functions = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
     if name not in functions:
         raise ModelError(
-            f"{path} has no function {name!r}; it has {', '.join(functions) or 'none'}"
+            f"{where} has no function {name!r}; it has {', '.join(functions) or 'none'}"
         )
     return "a Python function"
 

@@ -40,6 +40,15 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _reward_starts_from_trained_weights(self) -> "RunConfig":
+        if self.model.init == "config" and self.reward.start == "base":
+            raise ValueError(
+                "reward.start is base but model.init is config, whose base has random weights: "
+                "set reward.start to sft"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _half_precision_fits(self) -> "RunConfig":
         if self.run.mixed_precision == "bf16" and self.model.dtype == "float16":
             raise ValueError(

@@ -17,7 +17,9 @@ transformers_logging.disable_progress_bar()
 TEXTS = ["the cat sat on the mat and ran away", "안녕하세요 고양이", "0123456789 .,!?"] * 4
 
 
-def tiny_section(model_type: str = "llama", dtype: str = "float64", **extra: object) -> ModelSection:
+def tiny_section(
+    model_type: str = "llama", dtype: str = "float64", **extra: object
+) -> ModelSection:
     """A two-layer model of width 32."""
     return ModelSection(
         init="config",

@@ -1,5 +1,6 @@
 """Reward sources: our reward model, any sequence classifier, a Python function."""
 
+import importlib
 import importlib.util
 import math
 from collections.abc import Callable, Sequence
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 
 from pipeline.batches import TokenBatch, micro_batches
-from pipeline.config import ModelSection
+from pipeline.config import ModelSection, function_reference
 from pipeline.errors import ConfigError, ModelError, TrainingError
 from pipeline.models.loading import explain_load_errors, torch_dtype
 from pipeline.models.store import HANDLE, ModelStore
@@ -111,7 +112,9 @@ class SequenceClassificationReward:
 
 
 class FunctionReward:
-    """A Python function `file.py:function` in TRL's convention.
+    """A Python function in TRL's convention: `file.py:function`, or `module:function`.
+
+    TRL's own work as they are, for instance `trl.rewards:think_format_reward`.
 
     `f(prompts, completions, completion_ids, **columns) -> list[float]`; plain prompts and their
     completions come as strings, conversations as lists of messages. The prompts' further columns
@@ -156,7 +159,7 @@ class FunctionReward:
 
 def open_reward(resource: str, store: ModelStore, section: ModelSection) -> RewardSource:
     """The reward source that a user names: a function, a run or artifact of ours, a classifier."""
-    if ".py:" in resource:
+    if function_reference(resource):
         return FunctionReward(resource)
     folder = Path(resource)
     ours = (folder / "reward" / "artifact", folder / "artifact", folder)
@@ -169,26 +172,33 @@ def open_reward(resource: str, store: ModelStore, section: ModelSection) -> Rewa
 
 
 def load_function(reference: str) -> Callable[..., Any]:
-    """The function of a `file.py:function` reference.
+    """The function of a `file.py:function` or `module:function` reference.
 
     Raises:
-        ConfigError: no such file or function, or the file fails on import.
+        ConfigError: no such file, module or function, or it fails on import.
     """
-    path, _, name = reference.rpartition(":")
-    if not Path(path).is_file():
-        raise ConfigError(f"{reference}: there is no file {path} (looked up beside the config)")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    assert spec is not None and spec.loader is not None
-    module: ModuleType = importlib.util.module_from_spec(spec)
+    parts = function_reference(reference)
+    assert parts is not None, reference
+    where, name = parts
+    if where.endswith(".py") and not Path(where).is_file():
+        raise ConfigError(f"{reference}: there is no file {where} (looked up beside the config)")
     try:
-        spec.loader.exec_module(module)
+        module = _run_file(where) if where.endswith(".py") else importlib.import_module(where)
     except Exception as error:  # a user's file may raise anything
-        raise ConfigError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
+        raise ConfigError(f"{where} cannot be imported: {type(error).__name__}: {error}") from error
     function = getattr(module, name, None)
     if not callable(function):
-        raise ConfigError(f"{path} has no function {name!r}")
+        raise ConfigError(f"{where} has no function {name!r}")
     result: Callable[..., Any] = function
     return result
+
+
+def _run_file(path: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def checked(name: str, scores: Sequence[Any], completions: Completions) -> list[float]:

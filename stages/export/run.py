@@ -23,6 +23,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from pipeline.config import resource_path
 from pipeline.errors import ModelError
 from pipeline.models import adapters
 from pipeline.models.store import HANDLE
@@ -185,7 +186,7 @@ def _steps(config: Any) -> str:
     if config.ppo.rewards is None:
         return f"{sft}a reward model from ranked responses, and PPO against it"
     rewards = config.ppo.rewards
-    local = ".py:" in rewards or Path(rewards).exists()
+    local = resource_path(rewards).exists()
     return f"{sft}PPO against the reward `{Path(rewards).name if local else rewards}`"
 
 

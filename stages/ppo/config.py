@@ -178,7 +178,7 @@ class PpoSection(Section):
     rewards: Resource | None = Field(
         None,
         description="A run, a folder or Hub id of a sequence-classification model, or "
-        "file.py:function; default: the run's own reward model.",
+        "function (file.py:name or module:name); default: the run's own reward model.",
     )
     tuning: Tuning = Field("lora", description="Train an adapter (`lora`) or all weights (`full`).")
     value: Literal["separate", "shared"] = Field(

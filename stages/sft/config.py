@@ -16,9 +16,7 @@ class SftOptimSection(OptimSection):
     schedule: Literal["constant", "linear", "cosine"] = Field(
         "cosine", description="Decay of the learning rate to 0 after the warm-up."
     )
-    warmup_fraction: Fraction = Field(
-        0.03, description="Share of the steps that warm up linearly."
-    )
+    warmup_fraction: Fraction = Field(0.03, description="Share of the steps that warm up linearly.")
 
 
 class SftSection(FitSection):

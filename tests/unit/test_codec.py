@@ -8,7 +8,11 @@ from pipeline.errors import ModelError
 from pipeline.models.loading import END_TOKEN, train_tokenizer
 from pipeline.records import Message
 
-TEXTS = ["hello there, how are you today?", "안녕하세요, 오늘은 어떠세요?", "emoji 🎉 and tabs\t."] * 5
+TEXTS = [
+    "hello there, how are you today?",
+    "안녕하세요, 오늘은 어떠세요?",
+    "emoji 🎉 and tabs\t.",
+] * 5
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -30,7 +34,12 @@ def chat_tokenizer(tokenizer):
 
 def test_plain_text_round_trips_in_any_script(tokenizer):
     codec = Codec(tokenizer)
-    for text in [" a plain answer.", " 한국어 대답입니다.", " 🎉 tab\t and \n newline", " 日本語 עברית"]:
+    for text in [
+        " a plain answer.",
+        " 한국어 대답입니다.",
+        " 🎉 tab\t and \n newline",
+        " 日本語 עברית",
+    ]:
         ids = codec.response_ids(text)
         assert ids[-1] == tokenizer.eos_token_id
         assert codec.text(ids) == text
@@ -108,7 +117,9 @@ def test_conversations_without_a_template_use_the_recorded_plain_one(tokenizer):
     codec = Codec(tokenizer)
     assert codec.template_source == "plain"
     turns = (Message("user", "hi"), Message("assistant", "yes?"), Message("user", "bye"))
-    assert codec.prompt_text(turns) == "\n\nHuman: hi\n\nAssistant: yes?\n\nHuman: bye\n\nAssistant:"
+    assert (
+        codec.prompt_text(turns) == "\n\nHuman: hi\n\nAssistant: yes?\n\nHuman: bye\n\nAssistant:"
+    )
     assert codec.prompt_text("as it stands") == "as it stands"
     _, response = codec.pair_ids(turns, "good bye")
     # The template writes a blank after "Assistant:"; it belongs to the response and leaves again.

@@ -91,6 +91,16 @@ def test_a_file_or_function_that_is_not_there_is_a_config_error(function_file, t
         FunctionReward(function_file("def score(:\n"))
 
 
+def test_trls_own_reward_functions_work_by_module_name():
+    source = FunctionReward("trl.rewards:think_format_reward")
+    texts = ["<think>why</think> because", "because"]
+    assert source.score(completions(texts, prompt=(Message("user", "?"),))) == [1.0, 0.0]
+    with pytest.raises(ConfigError, match=r"trl\.rewards has no function 'no_such'"):
+        FunctionReward("trl.rewards:no_such")
+    with pytest.raises(ConfigError, match=r"no_such_module cannot be imported"):
+        FunctionReward("no_such_module:score")
+
+
 def test_our_reward_model_reads_the_sampled_ids(make_handle):
     handle = make_handle()
     handle.trunk.add_head("reward").init_normal(torch.Generator().manual_seed(0))

@@ -1,0 +1,266 @@
+"""Stage 2: a reward model from rankings.
+
+A scalar head on the SFT model, trained K-wise (InstructGPT, arXiv:2203.02155, section 3.5, eq. 1):
+each of a prompt's K responses is encoded once, and the loss of a prompt is the mean over its
+comparable pairs. The head starts at N(0, 1/(d+1)) (Stiennon 2020, arXiv:2009.01325) and reads the
+last response token. Deliberate deviation: InstructGPT shifts the score so that labelers'
+demonstrations have mean 0; here the SFT policy's own samples do, since PPO starts from those.
+
+    rlhf reward configs/quickstart.yaml
+"""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import chain, islice
+from statistics import fmean, pstdev
+from typing import Any
+
+import torch
+
+from pipeline.errors import DataError, TrainingError
+from pipeline.generation import NativeEngine, Sampling
+from pipeline.hf_trainer import FitSummary, recomputing
+from pipeline.models.heads import ScalarHead
+from pipeline.models.trunk import Handle
+from pipeline.records import Prompt, PromptText, Ranking
+from pipeline.rewards import Completions, ModelReward
+from pipeline.runfolder import write_json_atomic
+from pipeline.stage import Context, Summary
+from stages.reward.calibration import calibration_report, scored_pairs
+from stages.reward.rankings import EncodedRanking, RankingRows, count_indistinct, encode_rankings
+from stages.reward.trainer import RankingTrainer
+
+REPORT = "report.json"
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """The SFT policy's own responses under the trained score, and what was made of them."""
+
+    responses: int
+    ended: float  # share that a stop token ended
+    mean: float  # of the raw scores
+    std: float  # of the raw scores, divided by their count
+    shift: float  # the head's, in raw score units
+    scale: float  # the head's, in raw score units
+
+
+class RewardStage:
+    """From the SFT model and rankings to a model that scores responses."""
+
+    name = "reward"
+    title = "reward model"
+
+    def needs(self, config: Any) -> tuple[str, ...]:
+        """The SFT model: to start from, and to sample the responses that set the score's zero."""
+        section = config.reward
+        return ("sft",) if section.start == "sft" or section.normalisation.mode != "none" else ()
+
+    def reads(self, config: Any) -> tuple[str, ...]:
+        """Rankings."""
+        return ("rankings",)
+
+    def resources(self, config: Any) -> Mapping[str, str]:
+        """Base and SFT model are a common setting and a parent; nothing else."""
+        return {}
+
+    def run(self, context: Context) -> Summary:
+        """Train, measure on held-out rankings, normalise, and leave model and `report.json`.
+
+        Raises:
+            DataError: no ranking to train on.
+            TrainingError: a loss, gradient or score is NaN or infinite.
+        """
+        split, section = context.corpus.rankings, context.config.reward
+        if not split.train:
+            raise DataError(
+                "data.rankings has no row left to train on: all were bad or held out (see "
+                "data.json in the run folder). Lower data.held_out_fraction or add rows"
+            )
+        sft = context.store.open(context.parents["sft"]) if self.needs(context.config) else None
+        handle = reward_handle(context, sft)
+        handle.codec.counts.clear()
+        train = encode_rankings(handle.codec, split.train)
+        held_out = encode_rankings(handle.codec, split.held_out)
+        fit = train_handle(handle, train, held_out[: section.eval_rows], context)
+        agreement = measure(handle, split.held_out, held_out, context) if held_out else None
+        normalisation = None
+        if section.normalisation.mode != "none":
+            assert sft is not None
+            # One response to each prompt, however many rankings it has.
+            prompts = {
+                tuple(ids.prompt_ids): ranking.prompt
+                for ids, ranking in zip(train, split.train, strict=True)
+            }
+            normalisation = normalise(handle, sft, prompts, context)
+        report = {
+            "training": {
+                "rankings": len(train),
+                "responses": sum(len(ranking.ranks) for ranking in train),
+                "pairs": sum(len(ranking.pairs()) for ranking in split.train),
+                "pairs_of_equal_tokens": count_indistinct(train),
+                **dict(sorted(handle.codec.counts.items())),
+                **asdict(fit),
+            },
+            "held_out": agreement,
+            "normalisation": asdict(normalisation) if normalisation else None,
+        }
+        if context.runtime.is_main:
+            write_json_atomic(context.folder.artifact / REPORT, report)
+            context.store.save(handle, context.folder.artifact)
+        context.runtime.barrier()
+        return key_numbers(report, fit)
+
+
+def reward_handle(context: Context, sft: Handle | None) -> Handle:
+    """The model to train: the start's function with weights of its own, and a random head."""
+    config, runtime, store = context.config, context.runtime, context.store
+    runtime.seed_all("reward")
+    if config.reward.start == "sft":
+        assert sft is not None
+        start = sft
+    else:
+        start = store.pretrained()
+    handle = store.trainable_copy(start, "reward", config.reward.tuning, config.lora)
+    # PPO may open several reward models on one base: the head is named after its adapter.
+    head_name = handle.role.adapter or "reward"
+    generator = torch.Generator().manual_seed(runtime.seed("reward", "head"))
+    handle.trunk.add_head(head_name).init_normal(generator)
+    return handle.with_role("reward", head=head_name)
+
+
+def train_handle(
+    handle: Handle,
+    train: Sequence[EncodedRanking],
+    held_out: Sequence[EncodedRanking],
+    context: Context,
+) -> FitSummary:
+    """Train the handle's adapter or weights and its head; its trunk is frozen again afterwards."""
+    section, pad_id = context.config.reward, handle.codec.pad_id
+    for parameter in handle.parameters():
+        parameter.requires_grad_(True)
+    model = handle.trunk.model
+    output = model.get_output_embeddings().weight
+    # No score depends on an output layer of its own: it stays as it is (and DDP would wait for it).
+    output.requires_grad_(output.requires_grad and output is model.get_input_embeddings().weight)
+    trainer = RankingTrainer(
+        handle,
+        section,
+        context.config.run,
+        context.folder.root,
+        RankingRows(train, pad_id),
+        RankingRows(held_out, pad_id) if held_out else None,
+        context.tracker.log,
+        context.console,
+    )
+    with recomputing(model, section.gradient_checkpointing):
+        fit = trainer.fit()
+    handle.trunk.freeze()
+    return fit
+
+
+def measure(
+    handle: Handle,
+    rankings: Sequence[Ranking],
+    encoded: Sequence[EncodedRanking],
+    context: Context,
+) -> dict[str, Any]:
+    """Agreement and calibration on held-out rankings; before normalisation, scores are logits."""
+    flat = Completions(
+        prompts=[Prompt(ranking.prompt) for ranking in rankings for _ in ranking.responses],
+        prompt_ids=[ranking.prompt_ids for ranking in encoded for _ in ranking.ranks],
+        completion_ids=list(chain.from_iterable(ranking.response_ids for ranking in encoded)),
+        texts=list(chain.from_iterable(ranking.responses for ranking in rankings)),
+        ended=[ids[-1] == handle.codec.end_id for row in encoded for ids in row.response_ids],
+    )
+    scores = iter(score(handle, flat, context))
+    pairs = scored_pairs(
+        [list(islice(scores, len(ranking.ranks))) for ranking in encoded],
+        [ranking.ranks for ranking in encoded],
+        [ranking.response_lengths for ranking in encoded],
+        [ranking.annotator for ranking in encoded],
+    )
+    return {"rankings": len(encoded), **calibration_report(pairs)}
+
+
+def normalise(
+    handle: Handle, sft: Handle, prompts: Mapping[tuple[int, ...], PromptText], context: Context
+) -> Normalisation:
+    """Set the head's shift (and scale) by the SFT policy's own responses to training prompts.
+
+    `prompts` are distinct ones, by token ids. Every process samples and scores its share.
+
+    Raises:
+        TrainingError: the scores have no spread to scale by.
+    """
+    section, runtime = context.config.reward.normalisation, context.runtime
+    order = list(prompts)
+    random.Random(runtime.seed("reward", "normalisation")).shuffle(order)
+    chosen = order[: section.num_samples]
+    sampling = Sampling(
+        max_new_tokens=section.max_new_tokens or context.config.data.max_response_tokens,
+        temperature=section.temperature,
+        seed=runtime.seed("reward", "samples"),
+    )
+    share = runtime.share(len(chosen))
+    own = [chosen[index] for index in share]
+    with runtime.autocast():
+        drawn = NativeEngine().generate(sft, own, share, sampling)
+    completions = Completions.decode(
+        sft.codec, [Prompt(prompts[ids]) for ids in own], own, drawn.response_ids, drawn.ended
+    )
+    own_scores = score(handle, completions, context)
+    gathered = runtime.gather_objects(list(zip(own_scores, drawn.ended, strict=True)))
+    scores = [value for value, _ in gathered]
+    mean, std = fmean(scores), pstdev(scores)
+    head = handle.trunk.heads[handle.role.head or ""]
+    assert isinstance(head, ScalarHead)
+    if section.mode == "shift_and_scale":
+        if std < 1e-6:
+            raise TrainingError(
+                f"the scores of {len(scores)} SFT responses have standard deviation {std:.1e}, "
+                "which cannot be scaled to 1: set reward.normalisation.mode to shift, or raise "
+                "reward.normalisation.temperature or num_samples"
+            )
+        head.normalise(mean, std)
+    else:
+        head.normalise(mean)
+    ended = fmean(ended for _, ended in gathered)
+    return Normalisation(len(scores), ended, mean, std, float(head.shift), float(head.scale))
+
+
+def score(handle: Handle, completions: Completions, context: Context) -> list[float]:
+    """Scores of completions in the run's precision, dropout off."""
+    assert not handle.trunk.training
+    with context.runtime.autocast():
+        return ModelReward(handle, context.config.reward.micro_batch_tokens).score(completions)
+
+
+def key_numbers(report: Mapping[str, Any], fit: FitSummary) -> dict[str, float]:
+    """What the screen and the manifest say of the stage."""
+    held_out, normalisation = report["held_out"], report["normalisation"]
+    numbers: dict[str, float] = {}
+    if held_out is not None:
+        longer = held_out["longer_preferred"]
+        numbers |= {
+            "accuracy": held_out["accuracy"],
+            "ece": held_out["ece"],
+            "held_out_pairs": held_out["pairs"],
+            "eval_loss": fit.held_out["loss"],
+        }
+        if longer["pairs"]:
+            numbers |= {
+                "longer_preferred_data": longer["data"],
+                "longer_preferred_model": longer["model"],
+            }
+    if normalisation is not None:
+        numbers |= {"shift": normalisation["shift"], "scale": normalisation["scale"]}
+    return numbers | {
+        "train_loss": fit.train_loss,
+        "steps": fit.steps,
+        "kept_step": fit.kept_step,
+        "train_rankings": report["training"]["rankings"],
+        "train_pairs": report["training"]["pairs"],
+        "rankings_per_second": fit.rows / fit.seconds,
+    }

@@ -1,0 +1,50 @@
+"""The `ppo` section: defaults that follow one another, and refusals that show the arithmetic."""
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from stages.ppo.config import PpoSection
+
+
+@pytest.mark.parametrize(
+    ("given", "rate"),
+    [
+        ({}, 3e-5),
+        ({"tuning": "full"}, 3e-6),
+        ({"tuning": "full", "optim": {"ppo_epochs": 2}}, 3e-6),
+        ({"tuning": "full", "optim": {"learning_rate": 1e-5}}, 1e-5),
+    ],
+)
+def test_learning_rate_follows_tuning_unless_it_is_set(given: dict, rate: float) -> None:
+    section = PpoSection.model_validate(given)
+    assert section.optim.learning_rate == rate
+    assert section.optim.ppo_epochs == given.get("optim", {}).get("ppo_epochs", 4)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {
+                "rollout": {"prompts_per_iteration": 10, "responses_per_prompt": 3},
+                "optim": {"minibatches": 4},
+            },
+            r"10 x 3 = 30 rollouts, not divisible by ppo.optim.minibatches = 4 \(30 = 4 x 7 \+ 2\)",
+        ),
+        (
+            {"iterations": 5, "optim": {"value_warmup_iterations": 5}},
+            "value_warmup_iterations = 5 leaves none of ppo.iterations = 5",
+        ),
+        (
+            {"value": "shared", "optim": {"value_learning_rate": 1e-4}},
+            "ppo.optim.value_learning_rate = 0.0001 has no effect with ppo.value = shared",
+        ),
+        ({"optim": {"dual_clip": 1.0}}, "greater than 1"),
+        ({"kl": {"beta": 1.0}}, "Extra inputs are not permitted"),
+    ],
+)
+def test_refusals_name_the_setting_and_its_value(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        PpoSection.model_validate(given)
