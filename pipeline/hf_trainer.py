@@ -28,7 +28,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -36,6 +35,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from pipeline.config import FitSection, RunSection
 from pipeline.errors import TrainingError
 from pipeline.fence import BestWeights, fenced
+from pipeline.progress import ProgressBar
 from pipeline.row_order import plan_steps
 from pipeline.rows import Rows, Step, StepDataset, share_or_filler
 
@@ -106,7 +106,7 @@ class PlannedTrainer(Trainer, ABC):
         train: rows to train on.
         held_out: rows to evaluate on; none means no evaluation, and the last weights are kept.
         log: receives (step, metrics), for instance `Tracker.log`.
-        console: shows a progress bar if it is a terminal.
+        console: shows the progress.
     """
 
     def __init__(
@@ -330,40 +330,33 @@ def recomputing(model: Any, enabled: bool) -> Iterator[None]:
 
 
 class _Progress(TrainerCallback):
-    """A progress bar on a terminal; also has the last step logged."""
+    """Shows a training's progress; also has the last step logged."""
 
     def __init__(self, console: Console | None, title: str) -> None:
-        shown = console is not None and console.is_terminal
-        self.title = title
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[held_out]}"),
-            console=console,
-            disable=not shown,
-        )
+        self.console, self.title = console, title
+        self.numbers = ""
+        self.bar: ProgressBar | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Show the bar."""
-        self.task = self.bar.add_task(self.title, total=state.max_steps, held_out="")
-        if state.is_world_process_zero:
-            self.bar.start()
+        shown = self.console if state.is_world_process_zero else None
+        self.bar = ProgressBar(shown, self.title, state.max_steps).__enter__()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """One step further."""
-        self.bar.update(self.task, completed=state.global_step)
+        assert self.bar is not None
+        self.bar.step(state.global_step, self.numbers)
         if state.global_step >= state.max_steps:
             control.should_log = True
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Show the newest held-out loss."""
-        self.bar.update(self.task, held_out=f"held-out loss {kwargs['metrics']['eval_loss']:.4f}")
+        self.numbers = f"held-out loss {kwargs['metrics']['eval_loss']:.4f}"
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Leave the bar on the screen as it stands."""
-        self.bar.stop()
+        """Leave the bar on the screen as it stands; also after an error before it began."""
+        if self.bar is not None:
+            self.bar.__exit__(None, None, None)
 
 
 def _mean_loss(steps: Sequence[tuple[float, int, int]]) -> float:

@@ -14,10 +14,9 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from pipeline.errors import DataError
 from pipeline.generation import NativeEngine
+from pipeline.progress import ProgressBar
 from pipeline.stage import Context, Summary
 from stages.ppo.checkpoints import Checkpoints
 from stages.ppo.controllers import AdaptiveKl, FixedKl, KlController, StopRules
@@ -110,8 +109,8 @@ class Training:
         started = self.evaluate(0)
         self.context.tracker.log(0, started)
         metrics, iteration, stopped = started, 0, None
-        with self.progress() as progress:
-            task = progress.add_task("PPO", total=self.section.iterations, numbers="")
+        shown = self.context.console if self.runtime.is_main else None
+        with ProgressBar(shown, "PPO", self.section.iterations) as bar:
             for iteration in range(1, self.section.iterations + 1):
                 clock = [time.perf_counter()]
                 rollout = self.collect(iteration)
@@ -127,7 +126,7 @@ class Training:
                 }
                 stopped = self.stop_reason(metrics)
                 self.log(experience, metrics, iteration, last=stopped is not None)
-                progress.update(task, advance=1, numbers=_bar_numbers(metrics))
+                bar.step(iteration, _bar_numbers(metrics))
                 if stopped:
                     self.context.console.print(
                         f"[yellow]ppo stopped after iteration {iteration}: {stopped}. The best "
@@ -246,18 +245,6 @@ class Training:
         }
 
     # --- parts ---
-
-    def progress(self) -> Progress:
-        """A bar with the numbers one watches."""
-        return Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[numbers]}"),
-            TimeRemainingColumn(),
-            console=self.context.console,
-            disable=not self.runtime.is_main,
-        )
 
     def _demonstrations(self) -> list[Ragged]:
         if not self.section.optim.ptx_coef:
