@@ -4,7 +4,6 @@ Every collective is right with one process and with many; stages never ask which
 """
 
 import hashlib
-import os
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
@@ -119,8 +118,3 @@ class Runtime:
     def share(self, total: int) -> range:
         """This process's indices of `total` rows: rank, rank + world size, ..."""
         return range(self.rank, total, self.world_size)
-
-
-def is_main_process() -> bool:
-    """Whether this process is rank 0, without importing anything heavy."""
-    return int(os.environ.get("RANK", "0")) == 0

@@ -75,9 +75,10 @@ class Training:
                     f"ppo: there are no prompts to {part}. Check data.prompts (or the dataset "
                     "that prompts are taken from) and data.held_out_fraction"
                 )
-        runtime.seed_all("ppo")  # new adapters start at random
         start = open_start(context)
         self.rewards = open_rewards(context, start)
+        # New adapters start at random. Opening may draw numbers too (from files) or not (live).
+        runtime.seed_all("ppo")
         self.models = build_models(start, self.rewards, context.config, context.store)
         self.engine = NativeEngine(section.rollout.generation_rows)
         self.order = PromptOrder(prompts.train, runtime.seed("prompts"))
