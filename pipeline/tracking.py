@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 
@@ -23,25 +23,23 @@ class Tracker:
         console: Console,
         active: bool = True,
     ) -> None:
-        self.path = folder / "metrics.jsonl"
+        self.folder = folder
+        self.run_name = run_name
         self.active = active
+        self._names = trackers
         self._console = console
+        self._file: TextIO | None = None
         self._trackers: list[Any] = []
-        if not active:
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("a", encoding="utf-8")
-        for name in trackers:
-            self._attempt(name, lambda name=name: self._start(name, run_name, folder))
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record the metrics of one step; numbers that are not finite become null."""
         if not self.active:
             return
+        file = self._file or self._open()
         row: dict[str, float | int | None] = {"step": step}
         row |= {k: v if math.isfinite(v) else None for k, v in metrics.items()}
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        file.write(json.dumps(row) + "\n")
+        file.flush()
         finite = {key: value for key, value in row.items() if value is not None and key != "step"}
         for tracker in list(self._trackers):
             if not self._attempt(
@@ -51,21 +49,28 @@ class Tracker:
 
     def close(self) -> None:
         """Finish the trackers and the file."""
-        if not self.active:
-            return
         for tracker in self._trackers:
             self._attempt(tracker.name, tracker.finish)
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         self.active = False
 
-    def _start(self, name: str, run_name: str, folder: Path) -> None:
+    def _open(self) -> TextIO:
+        # With the first row: a stage without metrics leaves no empty files behind.
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._file = (self.folder / "metrics.jsonl").open("a", encoding="utf-8")
+        for name in self._names:
+            self._attempt(name, lambda name=name: self._start(name))
+        return self._file
+
+    def _start(self, name: str) -> None:
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
         kind = LOGGER_TYPE_TO_CLASS[name]
         tracker = (
-            kind(run_name, logging_dir=str(folder))
+            kind(self.run_name, logging_dir=str(self.folder))
             if kind.requires_logging_directory
-            else kind(run_name)
+            else kind(self.run_name)
         )
         if hasattr(tracker, "start"):
             tracker.start()

@@ -188,10 +188,11 @@ def _markdown_table(header: list[str], rows: Iterable[list[str]]) -> str:
 
 def print_report(metrics: dict[str, Any], console: Any) -> None:
     """The table and the sentences on the screen; `console` is a rich Console."""
+    from rich import box
     from rich.table import Table
 
     header, rows = policy_rows(metrics)
-    table = Table(title="Held-out prompts")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for index, name in enumerate(header):
         table.add_column(name, justify="right" if index else "left")
     for row in rows:

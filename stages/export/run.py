@@ -26,6 +26,7 @@ from typing import Any
 from pipeline.config import resource_path
 from pipeline.errors import ModelError
 from pipeline.models import adapters
+from pipeline.models.loading import without_bars
 from pipeline.models.store import HANDLE
 from pipeline.models.trunk import Handle
 from pipeline.runfolder import file_hash, read_json, write_json_atomic, write_text_atomic
@@ -102,11 +103,12 @@ def write_merged(policy: Handle, context: Context, folder: Path) -> None:
     if policy.role.adapter is not None:
         _refuse_untying(policy.trunk.model)
         policy = context.store.trainable_copy(policy, "merged", "full", context.config.lora)
-    policy.trunk.model.save_pretrained(
-        str(folder),
-        state_dict=dict(policy.trunk.base_state()),
-        max_shard_size=context.config.export.max_shard_size,
-    )
+    with without_bars():
+        policy.trunk.model.save_pretrained(
+            str(folder),
+            state_dict=dict(policy.trunk.base_state()),
+            max_shard_size=context.config.export.max_shard_size,
+        )
 
 
 def _refuse_untying(model: Any) -> None:
