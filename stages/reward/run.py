@@ -116,12 +116,12 @@ class RewardStage:
 def reward_handle(context: Context, sft: Handle | None) -> Handle:
     """The model to train: the start's function with weights of its own, and a random head."""
     config, runtime, store = context.config, context.runtime, context.store
-    runtime.seed_all("reward")
     if config.reward.start == "sft":
         assert sft is not None
         start = sft
     else:
         start = store.pretrained()
+    runtime.seed_all("reward")  # here: opening may draw numbers (from files) or not (live)
     handle = store.trainable_copy(start, "reward", config.reward.tuning, config.lora)
     # PPO may open several reward models on one base: the head is named after its adapter.
     head_name = handle.role.adapter or "reward"
