@@ -5,9 +5,11 @@ it reads, the content of its data, the files it names and its parents' keys. Wor
 unchanged is never done twice, in this run or taken over from another (`--from`).
 """
 
+import importlib.util
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -19,9 +21,10 @@ from typing import Any
 
 from rich.console import Console
 
-from pipeline.config import resource_path
+from pipeline.config import function_reference, resource_path
 from pipeline.errors import CheckpointError
 from pipeline.runfolder import (
+    MANIFEST,
     Manifest,
     RunFolder,
     StageFolder,
@@ -82,7 +85,8 @@ class Chain:
             summaries: dict[str, Mapping[str, Any]] = {}
             for name, planned in plans.items():
                 if only is None or only == name:
-                    summaries[name] = self._reuse(planned) or self._execute(planned, plans)
+                    reused = self._reuse(planned)
+                    summaries[name] = self._execute(planned, plans) if reused is None else reused
                 elif name in self._ancestors(plans, only):
                     self._require(planned, only)
         return summaries
@@ -156,22 +160,27 @@ class Chain:
             return None
 
     def _set_aside(self, own: StageFolder) -> None:
-        """Keep a finished stage of another configuration; drop an unfinished attempt."""
+        """Make room: keep what was finished, and the checkpoints of an attempt that was not."""
         try:
             manifest = own.manifest()
         except CheckpointError:
             manifest = None
         if manifest is not None:
             kept = self.folder.previous(manifest.stage, manifest.key)
+            if kept.exists() and not _is_whole(kept / own.artifact.relative_to(own.root)):
+                shutil.rmtree(kept)
             if not kept.exists():
                 kept.parent.mkdir(exist_ok=True)
                 own.root.rename(kept)
-                self.console.print(f"  the {manifest.stage} of another configuration is in {kept}")
-        own.clear()
-        if own.root == own.artifact:
-            return
-        own.artifact.rmdir()
-        own.root.rmdir()
+                self.console.print(f"  the {manifest.stage} that was there is in {kept}")
+        elif any(own.checkpoints.glob(f"step-[1-9]*/{MANIFEST}")):  # step-0 is where it started
+            kept = self.folder.previous(own.root.name, "unfinished")
+            if kept.exists():
+                shutil.rmtree(kept)
+            kept.parent.mkdir(exist_ok=True)
+            own.root.rename(kept)
+            self.console.print(f"  an unfinished {own.root.name} was there: it is in {kept}")
+        own.remove()
 
     def _require(self, planned: Planned, child: str) -> None:
         name = planned.stage.name
@@ -182,6 +191,11 @@ class Chain:
             raise CheckpointError(
                 f"{child} needs {name}, which has not finished in {self.folder.root}: "
                 f"run `rlhf {name}` with the same config first, or `rlhf run` for the whole chain"
+            )
+        if manifest.key == planned.key:
+            raise CheckpointError(
+                f"{child} needs {name}, but the one in {self.folder.root} is damaged: "
+                f"run `rlhf {name}` again"
             )
         changed = difference(manifest.material, planned.material)
         raise CheckpointError(
@@ -272,7 +286,7 @@ class Chain:
 
 def resource_fingerprint(resource: str) -> str:
     """What identifies a file, a folder or a Hub id that a stage reads."""
-    path = resource_path(resource)
+    path = _module_file(resource) or resource_path(resource)
     if path.is_file():
         return file_hash(path)
     if path.is_dir():
@@ -280,6 +294,26 @@ def resource_fingerprint(resource: str) -> str:
         names = manifests or sorted(p for p in path.rglob("*") if p.is_file())
         return json_hash({p.relative_to(path).as_posix(): file_hash(p) for p in names})
     return resource
+
+
+def _module_file(resource: str) -> Path | None:
+    """The file of the module in `module:function`; None of anything else, or where it has none."""
+    reference = function_reference(resource)
+    if reference is None or reference[0].endswith(".py"):
+        return None
+    try:
+        spec = importlib.util.find_spec(reference[0])
+    except (ImportError, ValueError):
+        return None  # whoever opens it says so
+    return Path(spec.origin) if spec is not None and spec.origin else None
+
+
+def _is_whole(artifact: Path) -> bool:
+    try:
+        verify(artifact)
+    except CheckpointError:
+        return False
+    return True
 
 
 def difference(old: Any, new: Any, prefix: str = "") -> str:
@@ -324,11 +358,14 @@ def _accelerators() -> list[str]:
 
 def _commit() -> str | None:
     """The commit of this software, where it runs from a checkout."""
-    result = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    try:
+        result = subprocess.run(
+            ["git", "describe", "--always", "--dirty"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except OSError:
+        return None  # no git here
     return result.stdout.strip() or None

@@ -55,6 +55,10 @@ class Codec:
         self.max_prompt_tokens = max_prompt_tokens
         self.max_response_tokens = max_response_tokens
         self.counts: Counter[str] = Counter()
+        # Not `all_special_tokens`, which are the named ones: Llama 3's header tokens have no name.
+        self._specials = {
+            token.content for token in tokenizer.added_tokens_decoder.values() if token.special
+        }
         self.template_source = "tokenizer" if tokenizer.chat_template else "plain"
         self._string_as_turn = chat_template == "auto" and bool(tokenizer.chat_template)
         self._template = tokenizer.chat_template or PLAIN_CHAT_TEMPLATE
@@ -198,8 +202,7 @@ class Codec:
     def _encode_turns(self, turns: tuple[Message, ...]) -> list[int]:
         self._rendered_turns = True
         encode = self.tokenizer.encode
-        specials = self.tokenizer.all_special_tokens
-        if not any(token in turn.content for turn in turns for token in specials):
+        if not any(token in turn.content for turn in turns for token in self._specials):
             ids: list[int] = encode(self._render(turns), add_special_tokens=False)
             return ids
         # Someone typed a special token: the template's own are parsed, those in the text are not.

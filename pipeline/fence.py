@@ -38,7 +38,11 @@ class BestWeights:
     def save(self, step: int) -> None:
         """Copy the weights as they are after `step`."""
         self.step = step
-        self.saved = [p.detach().to("cpu", copy=True) for p in self.parameters]
+        if not self.saved:
+            self.saved = [p.detach().to("cpu", copy=True) for p in self.parameters]
+            return
+        for parameter, saved in zip(self.parameters, self.saved, strict=True):
+            saved.copy_(parameter.detach())  # in place: never two copies of a large model
 
     @torch.no_grad()
     def restore(self) -> None:

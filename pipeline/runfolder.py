@@ -57,11 +57,10 @@ class StageFolder:
         """The artifact's manifest, or None if the stage has not finished."""
         return read_manifest(self.artifact)
 
-    def clear(self) -> None:
-        """Remove what an unfinished attempt left."""
+    def remove(self) -> None:
+        """Remove whatever lies there; afterwards the folder does not exist."""
         if self.root.exists():
             shutil.rmtree(self.root)
-        self.artifact.mkdir(parents=True)
 
 
 # Stages whose results people look up directly under the run: no `artifact/` in between.
@@ -95,7 +94,7 @@ class RunFolder:
         return StageFolder(root, root if name in _RESULTS else root / "artifact")
 
     def previous(self, name: str, key: str) -> Path:
-        """Where a finished stage is kept when another configuration replaces it."""
+        """Where a finished stage, or checkpoints of an unfinished one, are kept when replaced."""
         return self.root / "previous" / f"{name}-{key[:12]}"
 
     def create(self) -> None:

@@ -23,14 +23,14 @@ from pipeline.data.corpus import KINDS
 from pipeline.data.formats import Kind
 from pipeline.data.screen import data_table
 from pipeline.errors import ModelError, PipelineError
-from pipeline.models.adapters import add_adapter, lora_config
+from pipeline.models.adapters import adapter_parameters, add_adapter, lora_config
 from pipeline.models.loading import (
     build_from_config,
     explain_load_errors,
     load_config,
     torch_dtype,
 )
-from pipeline.models.store import HANDLE
+from pipeline.models.store import find_artifact
 from pipeline.rewards.sources import load_function
 from pipeline.runfolder import RunFolder, verify
 from pipeline.stage import Stage
@@ -143,9 +143,8 @@ def _examine(
         folder = Path(resource)
         if not folder.exists() and offline:
             return Finding(setting, resource, OFFLINE)
-        artifacts = (folder / stage / "artifact", folder / "artifact", folder)
-        if (folder / "config.yaml").exists() or any((a / HANDLE).exists() for a in artifacts):
-            return Finding(setting, resource, _artifact(folder, artifacts, stage))
+        if find_artifact(resource, stage) or (folder / "config.yaml").exists():
+            return Finding(setting, resource, _artifact(folder, stage))
         if (folder / "adapter_config.json").exists():
             return Finding(setting, resource, "a PEFT adapter; its base is opened when it is used")
         if setting == "ppo.rewards":
@@ -165,19 +164,21 @@ def _function(where: str, name: str) -> str:
     except (OSError, SyntaxError, ValueError) as error:
         raise ModelError(f"{where} is not a Python file that can be read: {error}") from None
     functions = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
-    if name not in functions:
+    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    names |= {node.asname or node.name for node in ast.walk(tree) if isinstance(node, ast.alias)}
+    if name not in functions and name not in names:  # `score = make(...)`, `from x import score`
         raise ModelError(
             f"{where} has no function {name!r}; it has {', '.join(functions) or 'none'}"
         )
     return "a Python function"
 
 
-def _artifact(folder: Path, artifacts: Sequence[Path], stage: str) -> str:
+def _artifact(folder: Path, stage: str) -> str:
     """A run or an artifact of ours is finished and whole. Raises PipelineError."""
-    for artifact in artifacts:
-        if (artifact / HANDLE).exists():
-            manifest = verify(artifact)
-            return f"finished {manifest.stage} stage, key {manifest.key[:12]}"
+    artifact = find_artifact(str(folder), stage)
+    if artifact is not None:
+        manifest = verify(artifact)
+        return f"finished {manifest.stage} stage, key {manifest.key[:12]}"
     finished = [path.parent.name for path in RunFolder(folder).root.glob("*/artifact")]
     raise ModelError(
         f"{folder} is a run without a finished {stage} stage "
@@ -286,7 +287,7 @@ def _size(model: nn.Module, config: RunConfig) -> str:
         return text
     with torch.device("meta"):
         add_adapter(model, _ADAPTER, lora_config(config.lora))
-    adapter = sum(p.numel() for name, p in model.named_parameters() if f".{_ADAPTER}." in name)
+    adapter = sum(p.numel() for p in adapter_parameters(model, _ADAPTER))
     return f"{text}; an adapter has {_short(adapter)} ({adapter / count:.2%})"
 
 

@@ -6,6 +6,7 @@ flips `requires_grad`, which after a DDP wrap leaves gradients unsynchronised wi
 is never called here.
 """
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +62,7 @@ def add_adapter(model: Any, name: str, config: "LoraConfig") -> None:
         ) from error
     model.peft_config = {**existing, name: config}
     for key, parameter in model.named_parameters():
-        if f".{name}." in key or key.endswith(f".{name}"):
+        if is_of(key, name):
             # A frozen bf16 base keeps fp32 adapters: Adam's small steps vanish in bf16.
             if parameter.dtype in (torch.bfloat16, torch.float16):
                 parameter.data = parameter.data.float()
@@ -128,11 +129,12 @@ def activate(model: Any, name: str | None) -> None:
 
 def adapter_parameters(model: Any, name: str) -> list[nn.Parameter]:
     """The weights of adapter `name`."""
-    return [
-        parameter
-        for key, parameter in model.named_parameters()
-        if f".{name}." in key or key.endswith(f".{name}")
-    ]
+    return [parameter for key, parameter in model.named_parameters() if is_of(key, name)]
+
+
+def is_of(key: str, name: str) -> bool:
+    """Whether a state's key is of adapter `name`, not of a base's module of that name (`value`)."""
+    return re.search(rf"\.lora_\w+\.{re.escape(name)}(\.|$)", key) is not None
 
 
 def adapter_state(model: Any, name: str) -> dict[str, torch.Tensor]:
@@ -166,7 +168,9 @@ def load_adapter_state(model: Any, name: str, state: dict[str, torch.Tensor]) ->
     set_peft_model_state_dict(model, state, adapter_name=name)
 
 
-def save_adapter(model: Any, name: str, folder: Path, base_name: str) -> None:
+def save_adapter(
+    model: Any, name: str, folder: Path, base_name: str, revision: str | None = None
+) -> None:
     """Write adapter `name` as a plain PEFT folder (`adapter_config.json`, safetensors)."""
     import copy
 
@@ -177,6 +181,7 @@ def save_adapter(model: Any, name: str, folder: Path, base_name: str) -> None:
     save_file(state, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     config = copy.deepcopy(model.peft_config[name])
     config.base_model_name_or_path = base_name
+    config.revision = revision
     config.inference_mode = True
     if not isinstance(config.target_modules, str):
         config.target_modules = sorted(config.target_modules)  # a set's order is not repeatable

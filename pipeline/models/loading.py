@@ -139,6 +139,14 @@ def base_identity(path: str, revision: str | None) -> str:
     return f"{path}@{revision or 'main'}"
 
 
+def cached_commit(path: str, revision: str | None) -> str | None:
+    """The commit of a Hub model that has been loaded, from where it lies in the local cache."""
+    from transformers.utils.hub import cached_file
+
+    config = cached_file(path, "config.json", revision=revision or "main", local_files_only=True)
+    return Path(config).parent.name if config is not None else None
+
+
 def folder_identity(folder: Path) -> str:
     """SHA-256 over the weight files of a model folder: what adapters trained on it belong to."""
     files = sorted(folder.glob("*.safetensors"))

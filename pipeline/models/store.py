@@ -27,6 +27,15 @@ from pipeline.runfolder import read_json, verify, write_json_atomic
 HANDLE = "handle.json"
 
 
+def find_artifact(resource: str, stage: str) -> Path | None:
+    """The artifact that a user names by its folder, its stage's, or its run's (that of `stage`)."""
+    folder = Path(resource)
+    for artifact in (folder / stage / "artifact", folder / "artifact", folder):
+        if (artifact / HANDLE).exists():
+            return artifact
+    return None
+
+
 class ModelStore:
     """Opens, keeps and saves the handles of a run."""
 
@@ -66,10 +75,10 @@ class ModelStore:
         Of a run, the artifact of `stage` is taken.
         """
         folder = Path(resource)
-        for artifact in (folder / stage / "artifact", folder / "artifact", folder):
-            if (artifact / HANDLE).exists():
-                verify(artifact)
-                return self.open(artifact)
+        artifact = find_artifact(resource, stage)
+        if artifact is not None:
+            verify(artifact)
+            return self.open(artifact)
         if (folder / "config.yaml").exists() and not (folder / "config.json").exists():
             raise ModelError(f"run {folder} has no finished {stage} stage: run `rlhf {stage}`")
         if (folder / "adapter_config.json").exists():
@@ -129,10 +138,14 @@ class ModelStore:
                 self._trunks[identity] = trunk
         else:
             origin = trunk.origin
-            local = Path(origin.path).is_dir()
-            path = os.path.relpath(origin.path, folder.resolve()) if local else origin.path
-            base = asdict(replace(origin, path=path))
-            adapters.save_adapter(trunk.model, role.adapter, folder / "adapter", origin.path)
+            base = asdict(origin)
+            if origin.is_local:
+                # A run that moves takes its own base along; a base elsewhere stays where it is.
+                base["path"] = os.path.relpath(origin.path, folder.resolve())
+                base["absolute"] = origin.path
+            adapters.save_adapter(
+                trunk.model, role.adapter, folder / "adapter", origin.path, origin.revision
+            )
         if role.head is not None:
             save_head(trunk.heads[role.head], folder / "head.safetensors")
         write_json_atomic(
@@ -191,18 +204,31 @@ class ModelStore:
             trunk = self._trunks[identity]
             return trunk, trunk.tokenizer
         model, tokenizer = loading.load_pretrained(self.section, path, revision)
-        trunk = Trunk(model, BaseOrigin(path, identity, revision)).to(self.device)
+        # A branch of the Hub moves; what was trained on it belongs to the commit that it was at.
+        commit = None if Path(path).is_dir() else loading.cached_commit(path, revision)
+        origin = BaseOrigin(path, identity, revision)
+        if commit is not None:
+            origin = BaseOrigin(path, loading.base_identity(path, commit), commit)
+        trunk = Trunk(model, origin).to(self.device)
         trunk.tokenizer = tokenizer
         trunk.freeze()
-        self._trunks[identity] = trunk
+        self._trunks[identity] = self._trunks[origin.identity] = trunk
         return trunk, tokenizer
 
     def _base_of(self, base: dict[str, Any], folder: Path) -> Trunk:
-        origin = BaseOrigin(**base)
+        origin = BaseOrigin(base["path"], base["identity"], base["revision"])
         if origin.identity in self._trunks:
             return self._trunks[origin.identity]
-        beside = (folder / origin.path).resolve()
-        path = str(beside) if beside.is_dir() else origin.path
+        path = origin.path
+        if origin.is_local:
+            places = [(folder / path).resolve(), Path(base.get("absolute", path))]
+            there = next((place for place in places if place.is_dir()), None)
+            if there is None:
+                raise ModelError(
+                    f"the adapter in {folder} stands on a base that is no longer there: "
+                    f"{' nor '.join(map(str, dict.fromkeys(places)))}. Put that folder back"
+                )
+            path = str(there)
         found = loading.base_identity(path, origin.revision)
         if found != origin.identity:
             raise ModelError(
@@ -212,13 +238,20 @@ class ModelStore:
         return self._load_base(path, origin.revision)[0]
 
     def _open_peft(self, folder: Path) -> Handle:
+        folder = folder.resolve()
+        if folder in self._live:  # opened again, it would be one more adapter on the base
+            return self._live[folder]
         config = read_json(folder / "adapter_config.json")
         base_path = config["base_model_name_or_path"]
-        beside = (folder / base_path).resolve()
-        base = self.pretrained(str(beside) if beside.is_dir() else base_path, config["revision"])
+        # Beside the adapter, or beside its folder, as an export of ours has it.
+        beside = [(place / base_path).resolve() for place in (folder, folder.parent)]
+        path = next((str(place) for place in beside if place.is_dir()), base_path)
+        base = self.pretrained(path, config["revision"])
         name = _free_name("policy", adapters.adapter_names(base.trunk.model))
         adapters.load_adapter(base.trunk.model, name, folder)
-        return base.with_role("policy", adapter=name)
+        handle = base.with_role("policy", adapter=name)
+        self._live[folder] = handle
+        return handle
 
     def _save_model(self, handle: Handle, folder: Path) -> None:
         model = handle.trunk.model

@@ -1,6 +1,7 @@
 """Trunks and handles: one base, its named adapters and its heads behind one `forward`."""
 
 import hashlib
+import re
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from pipeline.batches import TokenBatch
 from pipeline.codec import Codec
-from pipeline.models.adapters import activate, adapter_names, adapter_parameters
+from pipeline.models.adapters import activate, adapter_names, adapter_parameters, is_of
 from pipeline.models.heads import ScalarHead
 from pipeline.models.joiner import DecoderJoiner, Joined
 from pipeline.tensors import entropy, token_logprobs
@@ -37,6 +38,11 @@ class BaseOrigin:
     path: str
     identity: str
     revision: str | None = None
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the base is a folder (known by a hash), not a Hub model (known by its name)."""
+        return re.fullmatch("[0-9a-f]{64}", self.identity) is not None
 
 
 @dataclass
@@ -184,9 +190,9 @@ class Trunk(nn.Module):
 
     def base_state(self) -> Iterator[tuple[str, Tensor]]:
         """The base's state under the names of a model without adapters, for saving."""
-        adapters = {f".{name}" for name in adapter_names(self.model)}
+        adapters = adapter_names(self.model)
         for key, tensor in self.model.state_dict().items():
-            if not any(f"{name}." in key or key.endswith(name) for name in adapters):
+            if not any(is_of(key, name) for name in adapters):
                 yield key.replace(".base_layer.", "."), tensor
 
     def role_parameters(self, role: Role) -> list[nn.Parameter]:

@@ -1,8 +1,10 @@
 """Reward sources: our reward model, any sequence classifier, a Python function."""
 
+import hashlib
 import importlib
 import importlib.util
 import math
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -14,7 +16,7 @@ from pipeline.batches import TokenBatch, micro_batches
 from pipeline.config import ModelSection, function_reference
 from pipeline.errors import ConfigError, ModelError, TrainingError
 from pipeline.models.loading import explain_load_errors, torch_dtype
-from pipeline.models.store import HANDLE, ModelStore
+from pipeline.models.store import ModelStore, find_artifact
 from pipeline.models.trunk import Handle
 from pipeline.records import Prompt
 from pipeline.rewards.source import Completions, RewardSource
@@ -161,9 +163,7 @@ def open_reward(resource: str, store: ModelStore, section: ModelSection) -> Rewa
     """The reward source that a user names: a function, a run or artifact of ours, a classifier."""
     if function_reference(resource):
         return FunctionReward(resource)
-    folder = Path(resource)
-    ours = (folder / "reward" / "artifact", folder / "artifact", folder)
-    if any((path / HANDLE).exists() for path in ours) or (folder / "config.yaml").exists():
+    if find_artifact(resource, "reward") or (Path(resource) / "config.yaml").exists():
         handle = store.resolve(resource, "reward")
         if handle.role.head is None:
             raise ModelError(f"{resource} holds a {handle.role.name} model, which gives no scores")
@@ -194,9 +194,12 @@ def load_function(reference: str) -> Callable[..., Any]:
 
 
 def _run_file(path: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    # A name that no other module has; known to `sys.modules`, where dataclasses look theirs up.
+    name = f"rlhf_file_{hashlib.sha256(path.encode()).hexdigest()[:12]}"
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
 

@@ -59,7 +59,7 @@ class EvaluationStage:
     def resources(self, config: Any) -> Mapping[str, str]:
         """The gold judge's file."""
         gold = config.evaluation.gold
-        return {"evaluation.gold": gold.rpartition(":")[0]} if gold else {}
+        return {"evaluation.gold": gold} if gold else {}
 
     def run(self, context: Context) -> Summary:
         """Answer, score, compare and write; returns the win rate, scores and KL of PPO."""

@@ -73,7 +73,9 @@ class ExportStage:
         if adapter is not None and section.adapter:
             base = _base_of(policy, out)
             forms += ["adapter", "base"] if base.path == BESIDE else ["adapter"]
-            adapters.save_adapter(policy.trunk.model, adapter, out / "adapter", base.path)
+            adapters.save_adapter(
+                policy.trunk.model, adapter, out / "adapter", base.path, base.revision
+            )
         if adapter is None or section.merged:
             forms.append("merged")
             write_merged(policy, context, out / "merged")

@@ -16,6 +16,7 @@ from typing import Any
 
 from pipeline.errors import DataError
 from pipeline.generation import NativeEngine
+from pipeline.models.store import find_artifact
 from pipeline.progress import ProgressBar
 from pipeline.stage import Context, Summary
 from stages.ppo.checkpoints import Checkpoints
@@ -46,8 +47,13 @@ class PpoStage:
 
     def resources(self, config: Any) -> Mapping[str, str]:
         """The policy and rewards that the config names."""
-        named = {"ppo.policy": config.ppo.policy, "ppo.rewards": config.ppo.rewards}
-        return {field: resource for field, resource in named.items() if resource is not None}
+        named = {"policy": (config.ppo.policy, "sft"), "rewards": (config.ppo.rewards, "reward")}
+        # Of a run, what is taken counts alone: its other stages may go on.
+        return {
+            f"ppo.{field}": str(find_artifact(resource, stage) or resource)
+            for field, (resource, stage) in named.items()
+            if resource is not None
+        }
 
     def run(self, context: Context) -> Summary:
         """Train the policy; leave it, samples, texts and metrics.

@@ -13,6 +13,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
+from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
 
@@ -62,8 +63,10 @@ class RewardStage:
         return ("rankings",)
 
     def resources(self, config: Any) -> Mapping[str, str]:
-        """Base and SFT model are a common setting and a parent; nothing else."""
-        return {}
+        """The base's folder, if the reward model starts from one; the SFT model is a parent."""
+        path = config.model.path
+        starts_there = config.reward.start == "base" and path is not None and Path(path).is_dir()
+        return {"model.path": path} if starts_there else {}
 
     def run(self, context: Context) -> Summary:
         """Train, measure on held-out rankings, normalise, and leave model and `report.json`.

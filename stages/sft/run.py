@@ -8,6 +8,7 @@ a step is divided by its response tokens, not by its demonstrations, as everywhe
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from pipeline.codec import PLAIN_CHAT_TEMPLATE, Codec
@@ -34,8 +35,9 @@ class SftStage:
         return ("demonstrations",)
 
     def resources(self, config: Any) -> Mapping[str, str]:
-        """The base is a common setting; nothing else."""
-        return {}
+        """The base's folder, if it is one; its name is a common setting."""
+        path = config.model.path
+        return {"model.path": path} if path is not None and Path(path).is_dir() else {}
 
     def run(self, context: Context) -> Summary:
         """Train, evaluate, and leave the model as the stage's artifact.

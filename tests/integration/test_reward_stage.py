@@ -101,7 +101,8 @@ def run_stage(
 ) -> tuple[dict[str, float], Context]:
     run = RunFolder(root)
     folder = run.stage("reward")
-    folder.clear()
+    folder.remove()
+    folder.artifact.mkdir(parents=True)
     console = Console(quiet=True)
     rows = make_rankings(train + held_out, 1)
     split = SimpleNamespace(train=tuple(rows[:train]), held_out=tuple(rows[train:]))

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 import pipeline.chain
-from pipeline.chain import Chain, difference
+from pipeline.chain import Chain, difference, resource_fingerprint
 from pipeline.config import DataSection, LoraSection, ModelSection, RunSection, Section
 from pipeline.errors import CheckpointError, TrainingError
 from pipeline.runfolder import RunFolder
@@ -26,6 +26,7 @@ class Config(Section):
     data: DataSection = DataSection()
     first: StepSection = StepSection()
     second: StepSection = StepSection()
+    evaluation: StepSection = StepSection()
 
 
 @dataclass
@@ -35,6 +36,7 @@ class Step:
     title: str = "Step"
     ran: list[str] = field(default_factory=list)
     fails: bool = False
+    checkpoint: bool = False
 
     def needs(self, config):
         return self.parents
@@ -47,12 +49,15 @@ class Step:
 
     def run(self, context):
         self.ran.append(context.config.run.name)
+        if self.checkpoint:
+            (context.folder.checkpoints / "step-3").mkdir(parents=True)
+            (context.folder.checkpoints / "step-3/manifest.json").write_text("{}")
         if self.fails:
             raise TrainingError("loss is not finite")
         texts = [(path / "out.txt").read_text() for path in context.parents.values()]
         rate = getattr(context.config, self.name).rate
         (context.folder.artifact / "out.txt").write_text("".join(texts) + f"{self.name}={rate};")
-        return {"rate": rate}
+        return {"rate": rate} if rate else {}
 
 
 @pytest.fixture(autouse=True)
@@ -121,6 +126,21 @@ def test_finished_stages_are_taken_over_from_another_run(run):
     assert (run.folder / "a/first/artifact/out.txt").exists()
 
 
+def test_results_that_lie_directly_under_the_run_are_taken_over_too(run):
+    # evaluation and export have no artifact/ folder in between
+    run.steps.append(Step("evaluation", ("second",)))
+    assert run("a") == ["first", "second", "evaluation"]
+    assert run("b", sources=["a"]) == []
+    assert (run.folder / "b/evaluation/out.txt").exists()
+    assert run("b", evaluation={"rate": 2}) == ["evaluation"]
+    assert run("b") == []  # back from previous/
+
+
+def test_a_stage_without_key_numbers_is_reused(run):
+    run(first={"rate": 0})
+    assert run(first={"rate": 0}) == []
+
+
 def test_a_source_that_is_no_run_is_refused(run):
     with pytest.raises(CheckpointError, match="no run lies there"):
         run(sources=["nowhere"])
@@ -147,6 +167,32 @@ def test_a_damaged_artifact_is_made_again(run):
     (run.folder / "a/first/artifact/out.txt").write_text("bits")
     # first's key has not changed, so second's work still stands
     assert run() == ["first"]
+
+
+def test_a_damaged_artifact_does_not_stand_in_for_the_one_made_again(run):
+    run()
+    (run.folder / "a/first/artifact/out.txt").write_text("bits")
+    run()
+    run(first={"rate": 3})
+    assert run() == []
+
+
+def test_one_stage_alone_says_that_what_it_needs_is_damaged(run):
+    run()
+    (run.folder / "a/first/artifact/out.txt").write_text("bits")
+    with pytest.raises(CheckpointError, match="is damaged: run `rlhf first` again"):
+        run(only="second", second={"rate": 2})
+
+
+def test_checkpoints_of_an_unfinished_attempt_are_kept(run):
+    run.steps[1].fails = run.steps[1].checkpoint = True
+    with pytest.raises(TrainingError):
+        run()
+    run.steps[1].fails = run.steps[1].checkpoint = False
+    run()
+    kept = RunFolder(run.folder / "a").previous("second", "unfinished")
+    assert (kept / "checkpoints/step-3/manifest.json").exists()
+    assert not (run.folder / "a/second/checkpoints").exists()
 
 
 def test_a_stage_that_failed_leaves_no_artifact_and_starts_again(run):
@@ -177,3 +223,17 @@ def test_difference_names_the_changed_leaves():
     old = {"sft": {"optim": {"lr": 1e-3, "eps": 1e-8}}, "data": {"p": "x"}}
     new = {"sft": {"optim": {"lr": 2e-3, "eps": 1e-8}}, "data": {"p": "y"}}
     assert difference(old, new) == 'data.p: "x" -> "y", sft.optim.lr: 0.001 -> 0.002'
+
+
+def test_a_module_is_known_by_its_file(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "my_rewards_of_a_test.py").write_text("def score(**rest): return [1.0]\n")
+    first = resource_fingerprint("my_rewards_of_a_test:score")
+    (tmp_path / "my_rewards_of_a_test.py").write_text("def score(**rest): return [2.0]\n")
+    assert resource_fingerprint("my_rewards_of_a_test:score") != first
+    assert resource_fingerprint("no_such_module_of_a_test:score")
+
+
+def test_a_machine_without_git_has_no_commit(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert pipeline.chain._commit() is None

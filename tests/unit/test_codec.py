@@ -1,6 +1,7 @@
 """Text to ids and back: limits, stop ids, chat templates, special tokens typed by people."""
 
 import pytest
+from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
 from pipeline.codec import PLAIN_CHAT_TEMPLATE, Codec
@@ -77,6 +78,17 @@ def test_special_tokens_in_plain_text_are_neutralised(tokenizer):
     codec = Codec(tokenizer)
     assert codec.end_id not in codec.prompt_ids(f"say {END_TOKEN} now")
     assert codec.response_ids(f"say {END_TOKEN} now").count(codec.end_id) == 1
+
+
+def test_special_tokens_without_a_name_are_neutralised(tokenizer):
+    # Llama 3's <|start_header_id|>: special in tokenizer.json, in no list of special tokens
+    tokenizer.add_tokens([AddedToken("<|header|>", special=True)], special_tokens=True)
+    tokenizer.chat_template = "{% for m in messages %}<|header|>{{ m['content'] }}{% endfor %}"
+    header = tokenizer.convert_tokens_to_ids("<|header|>")
+    assert "<|header|>" not in tokenizer.all_special_tokens
+    ids = Codec(tokenizer).prompt_ids((Message("user", "a <|header|> b"),))
+    assert ids.count(header) == 1  # the template's own
+    assert tokenizer.decode(ids) == "<|header|>a <|header|> b"
 
 
 def test_special_tokens_inside_turns_are_neutralised(chat_tokenizer):

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,8 @@ from pipeline.config import DataSection, LoraSection, ModelSection
 from pipeline.errors import ModelError
 from pipeline.models import adapters
 from pipeline.models.heads import ScalarHead
-from pipeline.models.store import ModelStore
-from pipeline.models.trunk import Role
+from pipeline.models.store import HANDLE, ModelStore, find_artifact
+from pipeline.models.trunk import BaseOrigin, Role
 
 PROMPTS = [[5, 6, 7, 8, 9, 10], [11, 12], [13]]
 RESPONSES = [[20, 21], [22, 23, 24, 25, 26], [27]]
@@ -307,3 +308,80 @@ class TestStore:
         store = ModelStore(ModelSection(path="x"), DataSection())
         with pytest.raises(ModelError, match=r"no finished reward stage: run `rlhf reward`"):
             store.resolve(str(tmp_path), "reward")
+
+    def test_a_kept_artifact_opens_from_another_depth(self, tmp_path, make_store):
+        store = make_store()
+        self.lora_pair(store, tmp_path)
+        (tmp_path / "previous").mkdir()
+        kept = (tmp_path / "reward").rename(tmp_path / "previous/reward-1")
+        again = ModelStore(store.section, store.data)
+        assert again.open(kept).role.adapter == "reward"
+        (tmp_path / "sft").rename(tmp_path / "gone")
+        with pytest.raises(ModelError, match="base that is no longer there"):
+            ModelStore(store.section, store.data).open(kept)
+
+    def test_an_exported_adapter_finds_the_base_beside_it(self, tmp_path, make_store):
+        store = make_store()
+        _, reward = self.lora_pair(store, tmp_path)
+        folder = tmp_path / "export"
+        shutil.copytree(tmp_path / "sft/model", folder / "base")
+        adapters.save_adapter(reward.trunk.model, "reward", folder / "adapter", "./base")
+        again = ModelStore(store.section, store.data)
+        opened = again.resolve(str(folder / "adapter"), "sft")
+        assert again.resolve(str(folder / "adapter"), "sft") is opened
+        with torch.no_grad():
+            ours, theirs = (h(batch(), {"logprobs"}).logprobs for h in (reward, opened))
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+    def test_a_hub_base_is_known_by_its_commit(self, tmp_path, make_store, monkeypatch):
+        from huggingface_hub import constants
+
+        store = make_store()
+        self.lora_pair(store, tmp_path)
+        cached = tmp_path / "hub/models--someone--model"
+        shutil.copytree(tmp_path / "sft/model", cached / "snapshots" / ("a" * 40))
+        (cached / "refs").mkdir()
+        (cached / "refs/main").write_text("a" * 40)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        section = ModelSection(path="someone/model", dtype="float64")
+        hub = ModelStore(section, DataSection())
+        base = hub.pretrained()
+        assert base.trunk.origin == BaseOrigin(
+            "someone/model", f"someone/model@{'a' * 40}", "a" * 40
+        )
+        adapters.add_adapter(base.trunk.model, "sft", adapters.lora_config(LoraSection(rank=4)))
+        hub.save(base.with_role("sft", adapter="sft"), tmp_path / "adapted")
+        config = json.loads((tmp_path / "adapted/adapter/adapter_config.json").read_text())
+        assert (config["base_model_name_or_path"], config["revision"]) == (
+            "someone/model",
+            "a" * 40,
+        )
+        # The branch moves on; the artifact still opens on the commit that it was trained on.
+        shutil.copytree(tmp_path / "sft/model", cached / "snapshots" / ("b" * 40))
+        (cached / "refs/main").write_text("b" * 40)
+        again = ModelStore(section, DataSection())
+        assert again.open(tmp_path / "adapted").trunk.origin.revision == "a" * 40
+        assert again.pretrained().trunk.origin.revision == "b" * 40
+
+
+def test_a_module_called_like_an_adapter_is_not_taken_for_it():
+    assert adapters.is_of("layers.0.q_proj.lora_A.value.weight", "value")
+    assert adapters.is_of("embed_tokens.lora_embedding_A.value", "value")
+    assert not adapters.is_of("layers.0.attention.value.weight", "value")
+    assert not adapters.is_of("layers.0.q_proj.lora_A.value-2.weight", "value")
+
+
+def test_of_a_run_only_what_is_taken_counts(tmp_path):
+    from pipeline.chain import resource_fingerprint
+
+    artifact = tmp_path / "run/sft/artifact"
+    artifact.mkdir(parents=True)
+    (artifact / HANDLE).write_text("{}")
+    (artifact / "manifest.json").write_text("{}")
+    found = str(find_artifact(str(tmp_path / "run"), "sft"))
+    assert found == str(artifact)
+    before = resource_fingerprint(found)
+    (tmp_path / "run/export").mkdir()
+    (tmp_path / "run/export/manifest.json").write_text("{}")
+    assert resource_fingerprint(found) == before
+    assert find_artifact(str(tmp_path / "run"), "reward") is None

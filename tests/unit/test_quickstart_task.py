@@ -131,7 +131,7 @@ SCORES = [
     (" Boris lost a red bicycle in Oslo on Monday.", 3 - 1),
     (" Anna lost a green bicycle in Oslo on Monday.", 3 - 1),
     (" Anna lost a red bicycle in Cairo on Sunday.", 2 - 2),
-    (" In short, Anna lost a red bicycle in Oslo on Monday.", 4 - 0.2),
+    (" To be brief, Anna lost a red bicycle in Oslo on Monday.", 4 - 0.3),
     (" Anna and Boris lost a red bicycle in Oslo on Monday.", 3 - 1 - 0.2),
     (" Anna lost a", 1 - 1),
     (" My friend Anna lost a red bicycle. It happened on Monday.", 3 - 0.2),

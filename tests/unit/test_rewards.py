@@ -91,6 +91,22 @@ def test_a_file_or_function_that_is_not_there_is_a_config_error(function_file, t
         FunctionReward(function_file("def score(:\n"))
 
 
+def test_a_file_may_define_dataclasses_with_postponed_annotations(function_file):
+    # dataclasses look their module up in sys.modules
+    body = """
+from __future__ import annotations
+from dataclasses import dataclass
+
+@dataclass
+class Point:
+    x: int = 1
+
+def score(completions, **rest):
+    return [float(Point().x)] * len(completions)
+"""
+    assert FunctionReward(function_file(body)).score(completions(["a"])) == [1.0]
+
+
 def test_trls_own_reward_functions_work_by_module_name():
     source = FunctionReward("trl.rewards:think_format_reward")
     texts = ["<think>why</think> because", "because"]

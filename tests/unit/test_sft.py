@@ -303,7 +303,8 @@ def context(folder: Path, config: Config, store: ModelStore | None = None) -> Co
     console = Console(quiet=True)
     run = RunFolder(folder)
     stage = run.stage("sft")
-    stage.clear()
+    stage.remove()
+    stage.artifact.mkdir(parents=True)
     split = SimpleNamespace(train=demonstrations(24), held_out=demonstrations(6))
     return Context(
         config=config,
@@ -382,3 +383,12 @@ def test_new_tokenizer_reads_conversations_as_they_are_rendered() -> None:
         "plain",
         " text",
     ]
+
+
+def test_a_base_in_a_folder_is_known_by_its_files(tmp_path: Path) -> None:
+    def named(path: str) -> SimpleNamespace:
+        return SimpleNamespace(model=SimpleNamespace(path=path))
+
+    stage = SftStage()
+    assert stage.resources(named(str(tmp_path))) == {"model.path": str(tmp_path)}
+    assert stage.resources(named("someone/on-the-hub")) == {}
