@@ -105,14 +105,14 @@ def test_facts_are_read_back_from_every_post(task: Any, judge: Any) -> None:
     [
         (POST, FACTS),
         (
-            "POST: What a story. This is how, on Friday, my cousin Zeno wrapped a cheap kite. "
-            "Ask Maya about it before Sunday. All this took place in Riga.\nTL;DR:",
-            ("Zeno", "wrapped", "cheap kite", "Riga", "Friday"),
+            "POST: What a story. This is how, on Friday, my cousin Hugo painted a cheap coat. "
+            "Ask Lena about it before Sunday. All this took place in Busan.\nTL;DR:",
+            ("Hugo", "painted", "cheap coat", "Busan", "Friday"),
         ),
         (
-            "POST: Kira flies to Lima every Tuesday. This is about my friend Jun, who sold a "
-            "round table. All this took place on Sunday in Seoul.\nTL;DR:",
-            ("Jun", "sold", "round table", "Seoul", "Sunday"),
+            "POST: I would rather be near Lima now. This is about my friend Jun, who sold a "
+            "broken desk. All this took place on Sunday in Seoul.\nTL;DR:",
+            ("Jun", "sold", "broken desk", "Seoul", "Sunday"),
         ),
     ],
 )
@@ -120,7 +120,7 @@ def test_facts_of_hand_written_posts(judge: Any, post: str, facts: tuple[str, ..
     assert tuple(judge.facts_of(post)) == facts
 
 
-# Shortest complete summary: 9 words. Facts right - facts wrong - 0.1 a word past 9 - 1 if no end.
+# Shortest complete summary: 9 words. Facts right - facts wrong - 0.25 a word past 9 - 1 if no end.
 SCORES = [
     (" Anna lost a red bicycle in Oslo on Monday.", 4.0),
     (" On Monday, Anna lost a red bicycle in Oslo.", 4.0),
@@ -131,10 +131,10 @@ SCORES = [
     (" Boris lost a red bicycle in Oslo on Monday.", 3 - 1),
     (" Anna lost a green bicycle in Oslo on Monday.", 3 - 1),
     (" Anna lost a red bicycle in Cairo on Sunday.", 2 - 2),
-    (" To be brief, Anna lost a red bicycle in Oslo on Monday.", 4 - 0.3),
-    (" Anna and Boris lost a red bicycle in Oslo on Monday.", 3 - 1 - 0.2),
+    (" To be brief, Anna lost a red bicycle in Oslo on Monday.", 4 - 3 * 0.25),
+    (" Anna and Boris lost a red bicycle in Oslo on Monday.", 3 - 1 - 2 * 0.25),
     (" Anna lost a", 1 - 1),
-    (" My friend Anna lost a red bicycle. It happened on Monday.", 3 - 0.2),
+    (" My friend Anna lost a red bicycle. It happened on Monday.", 3 - 2 * 0.25),
     (" Boris has another green lamp, but never mind.", -2.0),
     (" Anna red bicycle lost Monday Oslo.", 0.0),  # a bag of words states nothing
     (" Yes.", 0.0),
@@ -192,7 +192,7 @@ def test_only_complete_and_short_summaries_are_perfect(
         assert scores.pop("complete") == 4.0
         assert max(scores.values()) < 4.0
         assert scores["omits"] in (2.0, 3.0) and scores["wrong"] in (0.0, 2.0)
-        assert scores["rambling"] == pytest.approx(4 - round(4 - scores["rambling"], 1))
+        assert (4 - scores["rambling"]) % 0.25 == 0  # whole words too many
 
 
 def test_fresh_labelings_agree_as_people_do(generate: Any, task: Any) -> None:
