@@ -23,17 +23,23 @@ from typing import Any, NamedTuple
 
 NAMES = tuple(
     "Anna Boris Carla Deniz Emeka Farid Greta Hana Ivan Jun Kofi Lena Mina Noor Omar Petra Quinn "
-    "Rosa Sora Tariq Uma Vera Wanda Yusuf Aida Bruno Chen Dora Elif Felix Gita Hugo".split()
+    "Rosa Sora Tariq Uma Vera Wanda Yusuf Aida Bruno Chen Dora Elif Felix Gita Hugo Ines Jonas "
+    "Kira Luca Maya Nils Olga Pablo".split()
 )
-VERBS = tuple("lost found sold bought painted repaired dropped borrowed".split())
-ADJECTIVES = tuple("red blue green white small heavy wooden broken yellow cheap".split())
+VERBS = tuple(
+    "lost found sold bought painted repaired dropped borrowed cleaned packed rented wrapped".split()
+)
+ADJECTIVES = tuple(
+    "red blue green white small heavy wooden broken yellow round cheap silver".split()
+)
 NOUNS = tuple(
     "bicycle lamp camera guitar wallet chair mirror carpet clock suitcase kettle drum tent vase "
-    "ladder helmet basket blanket bottle bucket candle coat cup desk".split()
+    "ladder helmet basket blanket bottle bucket candle coat cup desk fan fork hammer hat jacket "
+    "kite pillow plate puppet radio ring scarf".split()
 )
 PLACES = tuple(
     "Oslo Lima Cairo Paris Tokyo Delhi Quito Dublin Lagos Seoul Rome Boston Hanoi Prague Havana "
-    "Berlin Accra Athens Bergen Busan".split()
+    "Berlin Accra Athens Bergen Busan Dakar Geneva Kyiv Lisbon Madrid Manila Milan Nairobi".split()
 )
 DAYS = tuple("Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split())
 THINGS = tuple(" ".join(pair) for pair in product(ADJECTIVES, NOUNS))
