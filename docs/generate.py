@@ -41,6 +41,8 @@ def render(schema: Schema) -> str:
         for field, spec in definition["properties"].items():
             default = "required" if field in required else _default(spec)
             meaning = _sentence(spec.get("description", ""))
+            if spec.get("in_key") is False:
+                meaning += " Not in the stage's key."
             kind = _kind(spec)
             if (section := _reference(spec)) and definitions[section].get("properties"):
                 kind, default = "section", "see below" if field not in required else "required"

@@ -21,7 +21,13 @@ from typing import Any
 
 from rich.console import Console
 
-from pipeline.config import function_reference, resource_path
+from pipeline.config import (
+    Section,
+    function_reference,
+    key_values,
+    resource_fields,
+    resource_path,
+)
 from pipeline.errors import CheckpointError
 from pipeline.runfolder import (
     MANIFEST,
@@ -103,24 +109,27 @@ class Chain:
 
     def _material(self, stage: Stage, plans: Mapping[str, Planned]) -> dict[str, Any]:
         section = getattr(self.config, stage.name)
+        resources = stage.resources(self.config)
+        for name in resource_fields(type(section)):
+            named = getattr(section, name) is not None
+            assert named == (f"{stage.name}.{name}" in resources), f"{stage.name}.{name}"
         common: dict[str, Any] = {
             "seed": self.config.run.seed,
             "mixed_precision": self.config.run.mixed_precision,
-            "model": self.config.model.model_dump(mode="json"),
+            "model": _key_values(self.config.model),
             "max_prompt_tokens": self.config.data.max_prompt_tokens,
             "max_response_tokens": self.config.data.max_response_tokens,
         }
         if getattr(section, "tuning", None) == "lora":
-            common["lora"] = self.config.lora.model_dump(mode="json")
+            common["lora"] = _key_values(self.config.lora)
         return {
             "format": KEY_FORMAT,
             "stage": stage.name,
-            stage.name: section.model_dump(mode="json"),
+            stage.name: _key_values(section),
             "common": common,
             "data": {kind: self.corpus.fingerprint(kind) for kind in stage.reads(self.config)},
             "resources": {
-                field: resource_fingerprint(resource)
-                for field, resource in stage.resources(self.config).items()
+                field: resource_fingerprint(resource) for field, resource in resources.items()
             },
             "parents": {
                 name: plans[name].key for name in stage.needs(self.config) if name in plans
@@ -284,9 +293,21 @@ class Chain:
         write_json_atomic(self.folder.environment_json, environment())
 
 
+def _key_values(section: Section) -> dict[str, Any]:
+    return key_values(type(section), section.model_dump(mode="json"))
+
+
 def resource_fingerprint(resource: str) -> str:
-    """What identifies a file, a folder or a Hub id that a stage reads."""
-    path = _module_file(resource) or resource_path(resource)
+    """What identifies a function, a file, a folder or a Hub id that a stage reads.
+
+    Wherever they lie, files and folders are their content; a function's name is part of it.
+    """
+    if (reference := function_reference(resource)) is not None:
+        file = _module_file(resource) or resource_path(resource)
+        # A file may move; a module's name says which of its package's files count too.
+        name = reference[1] if reference[0].endswith(".py") else resource
+        return f"{file_hash(file)}:{name}" if file.is_file() else resource
+    path = resource_path(resource)
     if path.is_file():
         return file_hash(path)
     if path.is_dir():

@@ -13,7 +13,10 @@ from typing import Any
 
 from pipeline.errors import ModelError
 from pipeline.records import Message, PromptText
-from pipeline.runfolder import read_json, write_json_atomic
+from pipeline.runfolder import read_json, write_json_atomic, writing
+
+PROMPTS_CUT = "prompts cut to data.max_prompt_tokens"
+RESPONSES_CUT = "responses cut to data.max_response_tokens"
 
 # The transcript format of Anthropic's HH data, for conversations on a tokenizer with no template.
 PLAIN_CHAT_TEMPLATE = (
@@ -82,7 +85,7 @@ class Codec:
             ids = self._encode_turns(turns)
         if len(ids) <= self.max_prompt_tokens:
             return ids
-        self.counts["prompts cut to data.max_prompt_tokens"] += 1
+        self.counts[PROMPTS_CUT] += 1
         keep_bos = ids[:1] if ids[0] == self.tokenizer.bos_token_id else []
         return keep_bos + ids[len(ids) - self.max_prompt_tokens + len(keep_bos) :]
 
@@ -98,7 +101,7 @@ class Codec:
         )
         if len(ids) < self.max_response_tokens:
             return [*ids, self.end_id]
-        self.counts["responses cut to data.max_response_tokens"] += 1
+        self.counts[RESPONSES_CUT] += 1
         return ids[: self.max_response_tokens]
 
     def pair_ids(self, prompt: PromptText, response: str) -> tuple[list[int], list[int]]:
@@ -127,7 +130,16 @@ class Codec:
 
     def same_ids(self, other: "Codec") -> bool:
         """Whether ids of one codec may be read by a model of the other (same vocabulary)."""
-        return self is other or self.tokenizer.get_vocab() == other.tokenizer.get_vocab()
+        ours, theirs = self.tokenizer, other.tokenizer
+        return ours is theirs or ours.get_vocab() == theirs.get_vocab()
+
+    def with_limits(self, max_prompt_tokens: int, max_response_tokens: int) -> "Codec":
+        """The same codec with other limits and counts of its own."""
+        other = copy.copy(self)
+        other.max_prompt_tokens = max_prompt_tokens
+        other.max_response_tokens = max_response_tokens
+        other.counts = Counter()
+        return other
 
     # --- files ---
 
@@ -141,7 +153,8 @@ class Codec:
         if self.template_source == "plain" and self._rendered_turns:
             tokenizer = copy.deepcopy(tokenizer)
             tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
-        tokenizer.save_pretrained(str(folder))
+        with writing(folder):
+            tokenizer.save_pretrained(str(folder))
 
     def save(self, folder: Path) -> None:
         """Write the tokenizer and `codec.json` into `folder`."""

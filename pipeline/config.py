@@ -6,8 +6,9 @@ Reading YAML, overrides and the wording of errors live in `pipeline.yaml_config`
 """
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     AfterValidator,
@@ -58,6 +59,31 @@ def _resolve(value: str, info: ValidationInfo) -> str:
 
 # A local path (relative to the config file, else to the current folder) or a Hub id.
 Resource = Annotated[str, AfterValidator(_resolve)]
+
+# Of a field that sets memory or logging but no result: it is no part of a stage's key.
+NOT_IN_KEY: dict[str, Any] = {"in_key": False}
+
+
+def resource_fields(section: type[Section]) -> list[str]:
+    """The optional fields of a section that name a resource."""
+    fields = section.model_fields.items()
+    return [name for name, field in fields if Resource in get_args(field.annotation)]
+
+
+def key_values(section: type[Section], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The dumped `values` of a section that belong in a key.
+
+    Left out are `NOT_IN_KEY` and resources, whose content a key has in their place.
+    """
+    found = dict(values)
+    for name, field in section.model_fields.items():
+        nested = field.annotation
+        if field.json_schema_extra == NOT_IN_KEY or name in resource_fields(section):
+            found.pop(name, None)
+        elif name in found and isinstance(nested, type) and issubclass(nested, Section):
+            found[name] = key_values(nested, found[name])
+    return found
+
 
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -283,10 +309,13 @@ class FitSection(Section):
         8192,
         description="Most tokens, padding included, in one forward pass; sets memory, not results. "
         "The responses of one ranking stay together even if they exceed it.",
+        json_schema_extra=NOT_IN_KEY,
     )
     optim: OptimSection = Field(OptimSection(), description="AdamW and its schedule.")
     gradient_checkpointing: bool = Field(
-        False, description="Recompute activations in the backward pass: less memory, slower."
+        False,
+        description="Recompute activations in the backward pass: less memory, slower.",
+        json_schema_extra=NOT_IN_KEY,
     )
     eval_every: Annotated[Positive, AfterValidator(_steps_or_share)] = Field(
         0.25,
@@ -302,4 +331,8 @@ class FitSection(Section):
     keep: Literal["best", "last"] = Field(
         "best", description="Weights kept: those of the lowest held-out loss, or the last."
     )
-    log_every: PositiveInt = Field(10, description="Optimiser steps between rows of metrics.")
+    log_every: PositiveInt = Field(
+        10,
+        description="Optimiser steps between rows of metrics.",
+        json_schema_extra=NOT_IN_KEY,
+    )

@@ -8,11 +8,12 @@ next run starts the stage again.
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -149,13 +150,34 @@ class RunFolder:
 # --- writing ---
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what fails inside, libraries' own writing included, into an error that names `path`.
+
+    Raises:
+        PipelineError: the disk is full, or the place cannot be written.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        if isinstance(error, shutil.Error):  # of a copied tree: (source, target, reason) a file
+            reason = error.args[0][0][2]
+        raise PipelineError(
+            f"cannot write {path}: {reason}. Make room there, or set run.folder to a folder that "
+            "you own on a disk with room."
+        ) from error
+
+
 def write_bytes_atomic(path: Path, data: bytes) -> None:
     """Write a file so that readers see the old content or the new, never a part.
 
     Raises:
         PipelineError: the disk is full or the folder cannot be written; the old file is intact.
     """
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
@@ -169,8 +191,6 @@ def write_bytes_atomic(path: Path, data: bytes) -> None:
             Path(name).unlink(missing_ok=True)
             raise
         _sync_folder(path.parent)
-    except OSError as error:
-        raise PipelineError(f"cannot write {path}: {error.strerror}") from error
 
 
 def write_text_atomic(path: Path, text: str) -> None:
@@ -180,7 +200,21 @@ def write_text_atomic(path: Path, text: str) -> None:
 
 def write_json_atomic(path: Path, value: Any) -> None:
     """`write_bytes_atomic` for JSON, readable and in any script."""
-    write_text_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text_atomic(path, json.dumps(finite(value), indent=2, ensure_ascii=False) + "\n")
+
+
+def json_line(value: Any) -> str:
+    """One line of a .jsonl file."""
+    return json.dumps(finite(value), ensure_ascii=False) + "\n"
+
+
+def finite(value: Any) -> Any:
+    """The same value with null for numbers that are not finite, which JSON does not have."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    return [finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def read_json(path: Path) -> Any:
@@ -215,12 +249,15 @@ def write_manifest(
     summary: Mapping[str, Any],
     seconds: float,
 ) -> None:
-    """Declare an artifact complete: hash and sync its files, then write the manifest."""
+    """Declare an artifact complete: hash and sync files and folders, then write the manifest."""
     files = {}
-    for path in _files(artifact):
-        with path.open("rb") as stream:
-            os.fsync(stream.fileno())
-        files[path.relative_to(artifact).as_posix()] = file_hash(path)
+    with writing(artifact):
+        for path in _files(artifact):
+            with path.open("rb") as stream:
+                os.fsync(stream.fileno())
+            files[path.relative_to(artifact).as_posix()] = file_hash(path)
+        for folder in (artifact, *artifact.rglob("*/")):
+            _sync_folder(folder)
     manifest = Manifest(stage, key, material, summary, files, round(seconds, 3))
     write_json_atomic(artifact / MANIFEST, asdict(manifest))
 
@@ -275,12 +312,14 @@ def json_hash(value: Any) -> str:
 
 
 def link_tree(source: Path, target: Path) -> None:
-    """Copy a folder by hard links where possible: artifacts are never changed in place."""
+    """Copy a folder; weights, which nobody edits in place, by hard links where possible."""
 
     def link(src: str, dst: str) -> None:
-        try:
-            os.link(src, dst)
-        except OSError:
-            shutil.copy2(src, dst)
+        if src.endswith(".safetensors"):
+            with suppress(OSError):  # another disk, or one without links
+                os.link(src, dst)
+                return
+        shutil.copy2(src, dst)
 
-    shutil.copytree(source, target, copy_function=link)
+    with writing(target):
+        shutil.copytree(source, target, copy_function=link)

@@ -10,6 +10,7 @@ from rich.console import Console
 from pipeline.runfolder import RunFolder, StageFolder
 
 if TYPE_CHECKING:
+    from pipeline.codec import Codec
     from pipeline.data import Corpus
     from pipeline.distributed import Runtime
     from pipeline.models.store import ModelStore
@@ -31,6 +32,13 @@ class Context:
     parents: Mapping[str, Path]  # artifact folder of each finished stage that this one needs
     tracker: "Tracker"
     console: Console
+
+    def report_cuts(self, codec: "Codec") -> dict[str, int]:
+        """Say how many texts were cut to the run's limits; returns that for the summary."""
+        counts = dict(sorted(codec.counts.items()))
+        for what, count in counts.items():
+            self.console.print(f"[yellow]{count:,} {what}[/]", highlight=False)
+        return counts
 
 
 class Stage(Protocol):

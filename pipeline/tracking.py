@@ -3,13 +3,13 @@
 A tracker that fails (no network, no account) is dropped with one message; training goes on.
 """
 
-import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console
+
+from pipeline.runfolder import finite, json_line, writing
 
 
 class Tracker:
@@ -24,6 +24,7 @@ class Tracker:
         active: bool = True,
     ) -> None:
         self.folder = folder
+        self.path = folder / "metrics.jsonl"
         self.run_name = run_name
         self.active = active
         self._names = trackers
@@ -32,18 +33,21 @@ class Tracker:
         self._trackers: list[Any] = []
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record the metrics of one step; numbers that are not finite become null."""
+        """Record the metrics of one step; numbers that are not finite become null.
+
+        Raises:
+            PipelineError: metrics.jsonl cannot be written.
+        """
         if not self.active:
             return
-        file = self._file or self._open()
-        row: dict[str, float | int | None] = {"step": step}
-        row |= {k: v if math.isfinite(v) else None for k, v in metrics.items()}
-        file.write(json.dumps(row) + "\n")
-        file.flush()
-        finite = {key: value for key, value in row.items() if value is not None and key != "step"}
+        with writing(self.path):
+            file = self._file or self._open()
+            file.write(json_line({"step": step, **metrics}))
+            file.flush()
+        numbers = {key: value for key, value in finite(metrics).items() if value is not None}
         for tracker in list(self._trackers):
             if not self._attempt(
-                tracker.name, lambda tracker=tracker: tracker.log(finite, step=step)
+                tracker.name, lambda tracker=tracker: tracker.log(numbers, step=step)
             ):
                 self._trackers.remove(tracker)
 
@@ -52,13 +56,14 @@ class Tracker:
         for tracker in self._trackers:
             self._attempt(tracker.name, tracker.finish)
         if self._file is not None:
-            self._file.close()
+            with writing(self.path):
+                self._file.close()
         self.active = False
 
     def _open(self) -> TextIO:
         # With the first row: a stage without metrics leaves no empty files behind.
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._file = (self.folder / "metrics.jsonl").open("a", encoding="utf-8")
+        self._file = self.path.open("a", encoding="utf-8")
         for name in self._names:
             self._attempt(name, lambda name=name: self._start(name))
         return self._file

@@ -149,7 +149,7 @@ def _examine(
             return Finding(setting, resource, "a PEFT adapter; its base is opened when it is used")
         if setting == "ppo.rewards":
             return Finding(setting, resource, _classifier(resource, config))
-        return Finding(setting, resource, _decoder(resource, config, main=setting == "model.path"))
+        return Finding(setting, resource, _decoder(resource, config))
     except PipelineError as error:
         return Finding(setting, resource, "", str(error))
 
@@ -207,12 +207,12 @@ class _Vocabulary:
         return self.size
 
 
-def _decoder(path: str, config: RunConfig, main: bool) -> str:
+def _decoder(path: str, config: RunConfig) -> str:
     """Config, tokenizer, limits and adapter targets of a causal model. Raises PipelineError."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     section = config.model
-    revision = section.revision if main else None
+    revision = section.revision if path == section.path else None
     shape = load_config(section, path, revision)
     _check_weights(Path(path))
     with explain_load_errors(path, revision), torch.device("meta"):
@@ -224,7 +224,7 @@ def _decoder(path: str, config: RunConfig, main: bool) -> str:
             shape, dtype=torch_dtype(section.dtype), trust_remote_code=code
         )
     text = shape.get_text_config()
-    _check_lengths(path, getattr(text, "max_position_embeddings", None), config)
+    config.check_positions(path, shape)
     if len(tokenizer) > text.vocab_size:
         raise ModelError(
             f"{path}: its tokenizer has {len(tokenizer)} tokens but its embedding only "
@@ -261,16 +261,6 @@ def _check_weights(folder: Path) -> None:
         raise ModelError(
             f"{folder} has no .safetensors weights; pickled ones are refused, since they can run "
             "code: convert them once with transformers' save_pretrained"
-        )
-
-
-def _check_lengths(path: str, limit: int | None, config: RunConfig) -> None:
-    field, longest = max(config.response_limits().items(), key=lambda item: item[1])
-    total = config.data.max_prompt_tokens + longest
-    if limit is not None and total > limit:
-        raise ModelError(
-            f"{path} has {limit} positions but data.max_prompt_tokens + {field} = "
-            f"{config.data.max_prompt_tokens} + {longest} = {total} tokens: lower one of them"
         )
 
 

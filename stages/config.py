@@ -5,11 +5,12 @@ any model or dataset is opened.
 """
 
 from collections.abc import Collection, Iterator
+from typing import Any
 
 from pydantic import Field, model_validator
 
 from pipeline.config import DataSection, LoraSection, ModelSection, RunSection, Section
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, ModelError
 from stages.evaluation.config import EvaluationSection
 from stages.export.config import ExportSection
 from stages.ppo.config import PpoSection
@@ -60,17 +61,33 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _sequences_fit_the_positions(self) -> "RunConfig":
         if self.model.init != "config":
-            return self  # a loaded model's limit is in its config: `rlhf check` looks there
+            return self  # a loaded model's limit is in its own config: see `check_positions`
         limit = self.model.architecture.max_position_embeddings
-        field, longest = max(self.response_limits().items(), key=lambda item: item[1])
-        total = self.data.max_prompt_tokens + longest
+        total, sum_ = self._longest_sequence()
         if total > limit:
             raise ValueError(
-                f"model.architecture.max_position_embeddings is {limit} but data.max_prompt_tokens "
-                f"+ {field} = {self.data.max_prompt_tokens} + {longest} = {total} tokens: "
+                f"model.architecture.max_position_embeddings is {limit} but {sum_} tokens: "
                 f"raise the first to {total} or lower the others"
             )
         return self
+
+    def check_positions(self, name: str, architecture: Any) -> None:
+        """Whether the run's sequences fit a loaded model, by its transformers config.
+
+        Raises:
+            ModelError: the model called `name` has fewer positions than the longest of them.
+        """
+        limit = getattr(architecture.get_text_config(), "max_position_embeddings", None)
+        total, sum_ = self._longest_sequence()
+        if limit is not None and total > limit:
+            raise ModelError(f"{name} has {limit} positions but {sum_} tokens: lower one of them")
+
+    def _longest_sequence(self) -> tuple[int, str]:
+        """Tokens of the longest sequence, and the sum that it is."""
+        field, longest = max(self.response_limits().items(), key=lambda item: item[1])
+        prompt = self.data.max_prompt_tokens
+        total = prompt + longest
+        return total, f"data.max_prompt_tokens + {field} = {prompt} + {longest} = {total}"
 
     def response_limits(self) -> dict[str, int]:
         """Longest responses that the run reads or samples, in tokens, by the field that says so."""

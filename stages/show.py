@@ -13,10 +13,12 @@ from rich.table import Table
 
 from pipeline import yaml_core
 from pipeline.chain import difference
+from pipeline.config import Section, function_reference, key_values, resource_fields
 from pipeline.data.screen import data_table
 from pipeline.errors import CheckpointError, PipelineError
 from pipeline.runfolder import Manifest, RunFolder, StageFolder, read_json
 from stages import STAGES
+from stages.config import RunConfig
 from stages.evaluation.report import print_report
 
 STYLE_OF_STATE = {
@@ -104,11 +106,34 @@ def _changed_settings(manifest: Manifest, config: Mapping[str, Any]) -> str:
         "lora": common.get("lora", {}),
         "run": {key: common[key] for key in ("seed", "mixed_precision") if key in common},
     }
-    now = {
-        section: {key: (config.get(section) or {}).get(key) for key in values}
-        for section, values in recorded.items()
-    }
-    return difference(recorded, now)
+    now = {}
+    for section, values in recorded.items():
+        current = key_values(_section(section), config.get(section) or {})
+        now[section] = {key: current.get(key) for key in values}
+    resources: Mapping[str, str] = manifest.material.get("resources", {})
+    own = (f"{manifest.stage}.{name}" for name in resource_fields(_section(manifest.stage)))
+    named = {field: _named(field, config, resources) for field in (*resources, *own)}
+    changed = difference(resources, {field: value for field, value in named.items() if value})
+    return ", ".join(filter(None, (difference(recorded, now), changed)))
+
+
+def _section(name: str) -> type[Section]:
+    section = RunConfig.model_fields[name].annotation
+    assert isinstance(section, type) and issubclass(section, Section)
+    return section
+
+
+def _named(field: str, config: Mapping[str, Any], recorded: Mapping[str, str]) -> str | None:
+    """What config.yaml names for a resource, in the terms of the manifest.
+
+    Whether the content of local files has changed, only a run finds out: it hashes them.
+    """
+    section, name = field.split(".")
+    resource: str | None = (config.get(section) or {}).get(name)
+    if resource is None:
+        return None
+    is_local = function_reference(resource) or Path(resource).is_absolute()
+    return recorded.get(field, resource) if is_local else resource
 
 
 def _other_runs(root: Path) -> str:

@@ -132,7 +132,8 @@ class TinyPpo:
         models = self.models
         return collect(
             models.policy, models.reference, models.value, NativeEngine(5), self.rewards,
-            prompts, indices, self.section.rollout, seed=7,
+            prompts, [models.policy.codec.prompt_ids(p.prompt) for p in prompts], indices,
+            self.section.rollout, seed=7,
         )  # fmt: skip
 
     def appraise(self, rollout: Rollout) -> Experience:

@@ -15,6 +15,7 @@ from torch import nn
 
 from pipeline.config import LoraSection
 from pipeline.errors import ModelError
+from pipeline.runfolder import writing
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -176,16 +177,17 @@ def save_adapter(
 
     from safetensors.torch import save_file
 
-    folder.mkdir(parents=True, exist_ok=True)
     state = {_SAVED_PREFIX + key: value.cpu() for key, value in adapter_state(model, name).items()}
-    save_file(state, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     config = copy.deepcopy(model.peft_config[name])
     config.base_model_name_or_path = base_name
     config.revision = revision
     config.inference_mode = True
     if not isinstance(config.target_modules, str):
         config.target_modules = sorted(config.target_modules)  # a set's order is not repeatable
-    config.save_pretrained(str(folder))
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(state, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        config.save_pretrained(str(folder))
 
 
 def load_adapter(model: Any, name: str, folder: Path) -> None:

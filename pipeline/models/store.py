@@ -22,7 +22,7 @@ from pipeline.errors import ModelError
 from pipeline.models import adapters, loading
 from pipeline.models.heads import ScalarHead
 from pipeline.models.trunk import BaseOrigin, Handle, Role, Trunk
-from pipeline.runfolder import read_json, verify, write_json_atomic
+from pipeline.runfolder import read_json, verify, write_json_atomic, writing
 
 HANDLE = "handle.json"
 
@@ -72,18 +72,27 @@ class ModelStore:
     def resolve(self, resource: str, stage: str) -> Handle:
         """The handle that a user names: a run, an artifact, a PEFT adapter, a model, a Hub id.
 
-        Of a run, the artifact of `stage` is taken.
+        Of a run, the artifact of `stage` is taken, under the token limits of this run. The base of
+        this run by its id is the one of `model.revision`.
         """
         folder = Path(resource)
         artifact = find_artifact(resource, stage)
         if artifact is not None:
             verify(artifact)
-            return self.open(artifact)
+            handle, limits = self.open(artifact), self.data
+            return replace(
+                handle,
+                codec=handle.codec.with_limits(
+                    limits.max_prompt_tokens, limits.max_response_tokens
+                ),
+            )
         if (folder / "config.yaml").exists() and not (folder / "config.json").exists():
             raise ModelError(f"run {folder} has no finished {stage} stage: run `rlhf {stage}`")
         if (folder / "adapter_config.json").exists():
             return self._open_peft(folder)
-        return self.pretrained(resource)
+        return self.pretrained(
+            resource, self.section.revision if resource == self.section.path else None
+        )
 
     # --- roles ---
 
@@ -124,7 +133,6 @@ class ModelStore:
 
         With `live=False` the files alone count, as for a checkpoint of weights still in training.
         """
-        folder.mkdir(parents=True, exist_ok=True)
         trunk, role = handle.trunk, handle.role
         handle.codec.save(folder / "tokenizer")
         base = None
@@ -256,7 +264,7 @@ class ModelStore:
     def _save_model(self, handle: Handle, folder: Path) -> None:
         model = handle.trunk.model
         state = dict(handle.trunk.base_state())
-        with loading.without_bars():
+        with loading.without_bars(), writing(folder):
             model.save_pretrained(str(folder), state_dict=state)
         handle.codec.save_tokenizer(folder)
 
@@ -265,7 +273,9 @@ def save_head(head: Any, path: Path) -> None:
     """Write a scalar head with its shift and scale."""
     from safetensors.torch import save_file
 
-    save_file({key: value.cpu().contiguous() for key, value in head.state_dict().items()}, path)
+    state = {key: value.cpu().contiguous() for key, value in head.state_dict().items()}
+    with writing(path):
+        save_file(state, path)
 
 
 def load_head(path: Path) -> ScalarHead:

@@ -82,6 +82,7 @@ class SequenceClassificationReward:
             )
         self.model.config.pad_token_id = self.tokenizer.pad_token_id
         self.tokenizer.padding_side = "right"
+        self.tokenizer.truncation_side = "left"  # too long together: the response is what counts
         self.model.to(device).eval().requires_grad_(False)
 
     @torch.no_grad()
@@ -159,15 +160,20 @@ class FunctionReward:
         return checked(self.name, scores, completions)
 
 
-def open_reward(resource: str, store: ModelStore, section: ModelSection) -> RewardSource:
-    """The reward source that a user names: a function, a run or artifact of ours, a classifier."""
+def open_reward(
+    resource: str, store: ModelStore, section: ModelSection, token_budget: int
+) -> RewardSource:
+    """The reward source that a user names: a function, a run or artifact of ours, a classifier.
+
+    `token_budget` is that of a forward pass of a model of ours.
+    """
     if function_reference(resource):
         return FunctionReward(resource)
     if find_artifact(resource, "reward") or (Path(resource) / "config.yaml").exists():
         handle = store.resolve(resource, "reward")
         if handle.role.head is None:
             raise ModelError(f"{resource} holds a {handle.role.name} model, which gives no scores")
-        return ModelReward(handle)
+        return ModelReward(handle, token_budget)
     return SequenceClassificationReward(resource, section, store.device)
 
 

@@ -2,7 +2,14 @@
 
 from pydantic import Field
 
-from pipeline.config import NonNegative, NonNegativeInt, PositiveInt, Resource, Section
+from pipeline.config import (
+    NOT_IN_KEY,
+    NonNegative,
+    NonNegativeInt,
+    PositiveInt,
+    Resource,
+    Section,
+)
 
 
 class EvaluationSection(Section):
@@ -41,7 +48,11 @@ class EvaluationSection(Section):
         None,
         description="Column of the prompts with a reference response, for the ROUGE-L F-measure.",
     )
-    generation_rows: PositiveInt = Field(128, description="Responses generated at a time.")
+    generation_rows: PositiveInt = Field(
+        128, description="Responses generated at a time.", json_schema_extra=NOT_IN_KEY
+    )
     micro_batch_tokens: PositiveInt = Field(
-        16384, description="Tokens, padding included, of one scoring forward pass."
+        16384,
+        description="Tokens, padding included, of one scoring forward pass.",
+        json_schema_extra=NOT_IN_KEY,
     )

@@ -36,12 +36,16 @@ def policy_name(policy: str, metrics: dict[str, Any]) -> str:
 def policy_rows(metrics: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and one row of text a policy, with the columns that this run has."""
     policies = metrics["policies"]
-    used = [key for key in COLUMNS if any(key in numbers for numbers in policies.values())]
+    # A number that was not finite is null in metrics.json.
+    used = [k for k in COLUMNS if any(numbers.get(k) is not None for numbers in policies.values())]
     header = ["policy", *(COLUMNS[key][0] for key in used)]
     rows = [
         [
             policy_name(policy, metrics),
-            *(COLUMNS[key][1].format(numbers[key]) if key in numbers else "" for key in used),
+            *(
+                "" if numbers.get(key) is None else COLUMNS[key][1].format(numbers[key])
+                for key in used
+            ),
         ]
         for policy, numbers in policies.items()
     ]
@@ -103,6 +107,11 @@ def limits(metrics: dict[str, Any]) -> list[str]:
         found.append(
             f"Only {about['prompts']} held-out prompts exist where {about['prompts_wanted']} were "
             "asked for."
+        )
+    if about["prompts_cut"]:
+        found.append(
+            f"{about['prompts_cut']} of the {about['prompts']} prompts are longer than "
+            "data.max_prompt_tokens: the policies saw only their ends."
         )
     if about["chosen_on_the_same_prompts"]:
         found.append(

@@ -16,7 +16,6 @@ rouge_l?, n}}; win_rate {ppo_vs_sft, best_of_n_vs_sft?: {rate, low, high, n, jud
 behind the numbers, and versions}.
 """
 
-import json
 import resource
 import sys
 import time
@@ -24,13 +23,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from pipeline.codec import Codec
+from pipeline.codec import PROMPTS_CUT, Codec
 from pipeline.errors import DataError, TrainingError
 from pipeline.generation import NativeEngine
 from pipeline.models.trunk import Handle
 from pipeline.records import Prompt, Ranking
 from pipeline.rewards import Completions, FunctionReward, ModelReward, RewardSource, open_reward
-from pipeline.runfolder import read_json, read_manifest, write_json_atomic, write_text_atomic
+from pipeline.runfolder import (
+    json_line,
+    read_json,
+    read_manifest,
+    write_json_atomic,
+    write_text_atomic,
+)
 from pipeline.stage import Context, Summary
 from stages.evaluation.metrics import nearest_n, order_accuracy, win_rate
 from stages.evaluation.policies import Answers, Panel
@@ -67,6 +72,7 @@ class EvaluationStage:
         config = context.config
         sft, ppo = self._policies(context)
         gold = FunctionReward(config.evaluation.gold) if config.evaluation.gold else None
+        sft.codec.counts.clear()
         panel = Panel(
             config.evaluation,
             _held_out(context),
@@ -76,6 +82,7 @@ class EvaluationStage:
             self._rewards(context),
             gold,
         )
+        prompts_cut = context.report_cuts(sft.codec).get(PROMPTS_CUT, 0)
         with context.runtime.autocast():
             answers, n = _answers(panel, sft, ppo, context)
         metrics = {
@@ -84,7 +91,7 @@ class EvaluationStage:
             "win_rate": _win_rates(answers, panel.judge),
             "seconds": _seconds(context, started),
             "peak_rss_mb": _peak_rss_mb(),
-            "about": self._about(context, panel, n),
+            "about": self._about(context, panel, n) | {"prompts_cut": prompts_cut},
         }
         if context.runtime.is_main:
             _write(context, metrics, panel.prompts, answers, sft.codec)
@@ -108,7 +115,7 @@ class EvaluationStage:
         budget = context.config.evaluation.micro_batch_tokens
         rewards = context.config.ppo.rewards
         if rewards:
-            return open_reward(rewards, context.store, context.config.model)
+            return open_reward(rewards, context.store, context.config.model, budget)
         return ModelReward(context.store.open(context.parents["reward"]), budget)
 
     @staticmethod
@@ -267,8 +274,7 @@ def _write(
         }
         for index, prompt in enumerate(prompts)
     )
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_text_atomic(folder / "samples.jsonl", lines)
+    write_text_atomic(folder / "samples.jsonl", "".join(map(json_line, rows)))
     plot_curves(context.run.stage("ppo").metrics_jsonl, folder / "ppo.png", CURVES)
 
 

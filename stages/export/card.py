@@ -28,6 +28,11 @@ base = AutoModelForCausalLM.from_pretrained("{base}"{revision}, dtype="{dtype}")
 model = PeftModel.from_pretrained(base, "{folder}")
 tokenizer = AutoTokenizer.from_pretrained("{folder}")"""
 
+_TITLE = {
+    "adapter": "RLHF policy (LoRA adapter)",
+    "base": "Base of an RLHF policy",
+    "merged": "RLHF policy",
+}
 _WHAT = {
     "adapter": "the policy as a LoRA adapter (PEFT)",
     "base": "the base model of the policy's adapter, which lies beside it in `adapter/`",
@@ -66,9 +71,8 @@ class Data:
 
 @dataclass(frozen=True)
 class CardFacts:
-    """Everything that a card states."""
+    """Everything that a card states; not the run's name, as runs take finished work over."""
 
-    run: str
     form: Form
     start: str  # what the run started from, in words
     start_hub_id: str | None
@@ -89,9 +93,9 @@ def model_card(facts: CardFacts) -> str:
     report = re.sub(r"^# .*\n+", "", facts.report.strip())  # its title; its sections follow ours
     sections = [
         f"---\n{header}---",
-        f"# {facts.run}: {facts.form}",
-        f"This folder is {_WHAT[facts.form]}. The run `{facts.run}` started from {facts.start}; "
-        f"its steps of RLHF (Ouyang et al. 2022, arXiv:2203.02155) were {facts.steps}.",
+        f"# {_TITLE[facts.form]}",
+        f"This folder is {_WHAT[facts.form]}. Training started from {facts.start}; the steps of "
+        f"RLHF (Ouyang et al. 2022, arXiv:2203.02155) were {facts.steps}.",
         "## Loading",
         f"From the folder that holds this one:\n\n```python\n{_loading(facts)}\n```",
         _base_note(facts),

@@ -29,7 +29,13 @@ from pipeline.models import adapters
 from pipeline.models.loading import without_bars
 from pipeline.models.store import HANDLE
 from pipeline.models.trunk import Handle
-from pipeline.runfolder import file_hash, read_json, write_json_atomic, write_text_atomic
+from pipeline.runfolder import (
+    file_hash,
+    read_json,
+    write_json_atomic,
+    write_text_atomic,
+    writing,
+)
 from pipeline.stage import Context, Summary
 from stages.export.card import BESIDE, Base, CardFacts, Data, Form, model_card
 
@@ -88,7 +94,6 @@ class ExportStage:
         write_json_atomic(
             out / "export.json",
             {
-                "run": context.config.run.name,
                 "policy": "ppo",
                 "forms": forms,
                 "base": base and asdict(base),
@@ -105,7 +110,7 @@ def write_merged(policy: Handle, context: Context, folder: Path) -> None:
     if policy.role.adapter is not None:
         _refuse_untying(policy.trunk.model)
         policy = context.store.trainable_copy(policy, "merged", "full", context.config.lora)
-    with without_bars():
+    with without_bars(), writing(folder):
         policy.trunk.model.save_pretrained(
             str(folder),
             state_dict=dict(policy.trunk.base_state()),
@@ -133,7 +138,8 @@ def _base_of(policy: Handle, out: Path) -> Base:
     files = {path.name: file_hash(path) for path in sorted(folder.glob("*.safetensors"))}
     if not (folder.parent / HANDLE).exists():
         return Base(origin.path, on_hub=False, files=files)
-    shutil.copytree(folder, out / "base")
+    with writing(out / "base"):
+        shutil.copytree(folder, out / "base")
     return Base(BESIDE, on_hub=False, files=files)
 
 
@@ -147,7 +153,8 @@ def _write_tokenizer(policy: Handle, folder: Path) -> None:
     config = copy.deepcopy(own) if own is not None else GenerationConfig()
     config.eos_token_id = sorted(codec.stop_ids)
     config.pad_token_id = codec.pad_id
-    config.save_pretrained(str(folder))
+    with writing(folder):
+        config.save_pretrained(str(folder))
 
 
 def _facts(
@@ -159,7 +166,6 @@ def _facts(
     evaluation = context.parents["evaluation"]
     start, start_hub_id = _start(config)
     return CardFacts(
-        run=config.run.name,
         form=form,
         start=start,
         start_hub_id=start_hub_id,

@@ -45,6 +45,16 @@ class Checkpoints:
         context.runtime.barrier()
         return chosen
 
+    @property
+    def best_so_far(self) -> str:
+        """Where the best policy lies, and how to go on from it."""
+        assert self.best is not None
+        iteration, reward = self.best
+        return (
+            f"The best policy so far (iteration {iteration}, held-out reward {reward:.3f}) is in "
+            f"{self._folder(iteration)}: another run can start from it (ppo.policy)"
+        )
+
     def _folder(self, iteration: int) -> Path:
         return self.context.folder.checkpoints / f"step-{iteration}"
 

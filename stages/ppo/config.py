@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from pipeline.config import (
+    NOT_IN_KEY,
     Fraction,
     NonNegative,
     NonNegativeInt,
@@ -42,9 +43,13 @@ class RolloutSection(Section):
     missing_eos_penalty: NonNegative = Field(
         1.0, description="Penalty of a response without an end, in units of the score."
     )
-    generation_rows: PositiveInt = Field(128, description="Responses generated at a time.")
+    generation_rows: PositiveInt = Field(
+        128, description="Responses generated at a time.", json_schema_extra=NOT_IN_KEY
+    )
     micro_batch_tokens: PositiveInt = Field(
-        16384, description="Tokens, padding included, of a forward pass that needs no gradient."
+        16384,
+        description="Tokens, padding included, of a forward pass that needs no gradient.",
+        json_schema_extra=NOT_IN_KEY,
     )
 
     @property
@@ -102,7 +107,9 @@ class PpoOptimSection(OptimSection):
         1, description="Optimiser steps a pass: the rollouts are divided into this many parts."
     )
     micro_batch_tokens: PositiveInt = Field(
-        8192, description="Tokens, padding included, of one forward and backward pass."
+        8192,
+        description="Tokens, padding included, of one forward and backward pass.",
+        json_schema_extra=NOT_IN_KEY,
     )
     clip_range: Positive = Field(0.2, description="Clip range of the probability ratio.")
     dual_clip: Annotated[float, Field(gt=1)] | None = Field(
@@ -157,7 +164,9 @@ class HeldOutSection(Section):
     )
     num_prompts: PositiveInt = Field(64, description="Held-out prompts of an evaluation.")
     num_texts: NonNegativeInt = Field(
-        4, description="Fixed held-out prompts whose responses are written to texts.jsonl."
+        4,
+        description="Fixed held-out prompts whose responses are written to texts.jsonl.",
+        json_schema_extra=NOT_IN_KEY,
     )
 
 
@@ -199,7 +208,9 @@ class PpoSection(Section):
     optim: PpoOptimSection = Field(PpoOptimSection(), description="Objective and optimiser.")
     stop: StopSection = Field(StopSection(), description="Rules that stop a diverged run.")
     held_out: HeldOutSection = Field(HeldOutSection(), description="Held-out scoring.")
-    samples: RecordSection = Field(RecordSection(), description="Rollouts kept on disk.")
+    samples: RecordSection = Field(
+        RecordSection(), description="Rollouts kept on disk.", json_schema_extra=NOT_IN_KEY
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -40,12 +40,18 @@ class Models:
 
 
 def open_start(context: Context) -> Handle:
-    """The policy that PPO starts from: `ppo.policy`, or the run's SFT."""
+    """The policy that PPO starts from: `ppo.policy`, or the run's SFT.
+
+    Raises:
+        ModelError: it cannot be loaded, or has too few positions.
+    """
     resource = context.config.ppo.policy
     if resource is None:
         start = context.store.open(context.parents["sft"])
     else:
         start = context.store.resolve(resource, "sft")
+    name = f"ppo.policy {resource}" if resource else "the SFT model"
+    context.config.check_positions(name, start.trunk.model.config)
     return start.with_role("policy", head=None)
 
 
@@ -56,10 +62,11 @@ def open_rewards(context: Context, start: Handle) -> RewardSource:
         ModelError: a reward model of ours that reads another vocabulary than the policy's.
     """
     resource = context.config.ppo.rewards
+    budget = context.config.ppo.rollout.micro_batch_tokens
     if resource is None:
-        source: RewardSource = ModelReward(context.store.open(context.parents["reward"]))
+        source: RewardSource = ModelReward(context.store.open(context.parents["reward"]), budget)
     else:
-        source = open_reward(resource, context.store, context.config.model)
+        source = open_reward(resource, context.store, context.config.model, budget)
     if isinstance(source, ModelReward) and not source.handle.codec.same_ids(start.codec):
         raise ModelError(
             f"ppo.rewards is {resource or 'the reward model of this run'}, with the vocabulary of "

@@ -77,6 +77,11 @@ class PromptOrder:
             indices += range(position * per_prompt, (position + 1) * per_prompt)
         return prompts, indices
 
+    def asked(self, iterations: int, section: RolloutSection) -> list[Prompt]:
+        """The prompts that this many iterations ask, over all ranks, each of them once."""
+        count = iterations * section.prompts_per_iteration
+        return [self.prompts[int(place)] for place in self._order(0)[:count]]
+
     def _order(self, epoch: int) -> np.ndarray:
         if epoch != self._epoch:
             random = np.random.default_rng([self.seed, epoch])
@@ -91,6 +96,7 @@ def collect(
     engine: Engine,
     rewards: RewardSource,
     prompts: Sequence[Prompt],
+    prompt_ids: Sequence[list[int]],
     sample_indices: Sequence[int],
     section: RolloutSection,
     *,
@@ -98,13 +104,12 @@ def collect(
     stream: int = TRAINING_STREAM,
     reward_clip: float | None = None,
 ) -> Rollout:
-    """Sample one response a prompt and measure it.
+    """Sample one response a prompt (`prompt_ids` are its tokens) and measure it.
 
     Raises:
         TrainingError: the policy's logits are not finite, or the reward source failed.
     """
     codec = policy.codec
-    prompt_ids = [codec.prompt_ids(prompt.prompt) for prompt in prompts]
     sampling = Sampling(
         max_new_tokens=section.max_new_tokens,
         temperature=section.temperature,

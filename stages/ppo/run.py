@@ -11,19 +11,22 @@ schedule is an iteration.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
-from pipeline.errors import DataError
+from pipeline.errors import DataError, TrainingError
 from pipeline.generation import NativeEngine
 from pipeline.models.store import find_artifact
+from pipeline.models.trunk import Handle
 from pipeline.progress import ProgressBar
+from pipeline.records import Prompt
 from pipeline.stage import Context, Summary
 from stages.ppo.checkpoints import Checkpoints
 from stages.ppo.controllers import AdaptiveKl, FixedKl, KlController, StopRules
 from stages.ppo.experience import Experience, appraise, rollout_metrics
 from stages.ppo.models import build_models, open_rewards, open_start
-from stages.ppo.rollout import HELD_OUT_STREAM, PromptOrder, Rollout, collect
+from stages.ppo.rollout import HELD_OUT_STREAM, TRAINING_STREAM, PromptOrder, Rollout, collect
 from stages.ppo.samples import FixedTexts, SampleFiles
 from stages.ppo.update import ActorCritic, Ragged, Updater, update_metrics
 
@@ -88,6 +91,8 @@ class Training:
         self.models = build_models(start, self.rewards, context.config, context.store)
         self.engine = NativeEngine(section.rollout.generation_rows)
         self.order = PromptOrder(prompts.train, runtime.seed("prompts"))
+        self.prompt_ids = cache(self.models.policy.codec.prompt_ids)
+        self.cuts = self._tokenise_prompts()
         self.updater = Updater(
             ActorCritic(self.models.policy, self.models.value),
             section.optim,
@@ -112,7 +117,22 @@ class Training:
     # --- the loop ---
 
     def run(self) -> Summary:
-        """Iterate: collect, appraise, update, log; evaluate now and then; stop if it diverges."""
+        """Train, and leave the artifact.
+
+        Raises:
+            TrainingError: numbers are not finite; says where the best policy so far lies.
+        """
+        try:
+            return self.iterate()
+        except TrainingError as error:
+            if self.checkpoints.best is None:
+                raise
+            raise TrainingError(
+                f"{str(error).rstrip('.')}. {self.checkpoints.best_so_far}"
+            ) from error
+
+    def iterate(self) -> Summary:
+        """Collect, appraise, update, log; evaluate now and then; stop if the policy diverges."""
         started = self.evaluate(0)
         self.context.tracker.log(0, started)
         metrics, iteration, stopped = started, 0, None
@@ -144,24 +164,9 @@ class Training:
 
     def collect(self, iteration: int) -> Rollout:
         """Sample and score this process's share of the iteration's prompts."""
-        section = self.section.rollout
-        prompts, indices = self.order.draw(
-            iteration - 1, section, self.runtime.rank, self.runtime.world_size
-        )
-        models = self.models
-        with self.runtime.autocast():
-            return collect(
-                models.policy,
-                models.reference,
-                models.value,
-                self.engine,
-                self.rewards,
-                prompts,
-                indices,
-                section,
-                seed=self.runtime.seed("rollouts"),
-                reward_clip=self.section.advantage.reward_clip,
-            )
+        rank, world_size = self.runtime.rank, self.runtime.world_size
+        prompts, indices = self.order.draw(iteration - 1, self.section.rollout, rank, world_size)
+        return self._ask(prompts, indices, self.models.value, "rollouts", TRAINING_STREAM)
 
     def update(self, experience: Experience, iteration: int) -> dict[str, float]:
         """One update of policy and value, or of the value alone while it warms up."""
@@ -193,20 +198,8 @@ class Training:
     def evaluate(self, iteration: int) -> dict[str, float]:
         """Score held-out prompts with the same noise each time; keep the policy if it is best."""
         rows = list(self.runtime.share(len(self.held_out)))
-        with self.runtime.autocast():
-            rollout = collect(
-                self.models.policy,
-                self.models.reference,
-                None,
-                self.engine,
-                self.rewards,
-                [self.held_out[row] for row in rows],
-                rows,
-                self.section.rollout,
-                seed=self.runtime.seed("held out"),
-                stream=HELD_OUT_STREAM,
-                reward_clip=self.section.advantage.reward_clip,
-            )
+        asked = [self.held_out[row] for row in rows]
+        rollout = self._ask(asked, rows, None, "held out", HELD_OUT_STREAM)
         if self.runtime.is_main:
             self.texts.write(rollout, iteration)
         metrics = rollout_metrics(rollout, self.section.kl, self.runtime.all_sum)
@@ -249,9 +242,46 @@ class Training:
             **{name: ended[name] for name in ended if name.startswith("held_out_")},
             **{name: ended[name] for name in ("kl", "eos_rate", "kl_coef") if name in ended},
             **({"stopped": stopped} if stopped else {}),
+            **self.cuts,
         }
 
     # --- parts ---
+
+    def _tokenise_prompts(self) -> dict[str, int]:
+        """Encode every prompt that the run asks, once; returns how many were cut."""
+        codec = self.models.policy.codec
+        codec.counts.clear()
+        for prompt in (
+            *self.order.asked(self.section.iterations, self.section.rollout),
+            *self.held_out,
+        ):
+            self.prompt_ids(prompt.prompt)
+        return self.context.report_cuts(codec)
+
+    def _ask(
+        self,
+        prompts: Sequence[Prompt],
+        indices: Sequence[int],
+        value: Handle | None,
+        seed: str,
+        stream: int,
+    ) -> Rollout:
+        """Sample and score responses to `prompts`."""
+        with self.runtime.autocast():
+            return collect(
+                self.models.policy,
+                self.models.reference,
+                value,
+                self.engine,
+                self.rewards,
+                prompts,
+                [self.prompt_ids(prompt.prompt) for prompt in prompts],
+                indices,
+                self.section.rollout,
+                seed=self.runtime.seed(seed),
+                stream=stream,
+                reward_clip=self.section.advantage.reward_clip,
+            )
 
     def _demonstrations(self) -> list[Ragged]:
         if not self.section.optim.ptx_coef:

@@ -1,7 +1,6 @@
 """What people look at afterwards: every rollout in Parquet files, and texts of fixed prompts."""
 
 import io
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import pyarrow.parquet as pq
 from torch import Tensor
 
 from pipeline.codec import Codec
-from pipeline.runfolder import write_bytes_atomic, write_text_atomic
+from pipeline.runfolder import json_line, write_bytes_atomic, write_text_atomic
 from stages.ppo.experience import Experience
 from stages.ppo.rollout import Rollout
 
@@ -121,7 +120,7 @@ class FixedTexts:
                 "ended": bool(rollout.ended[row]),
                 "score": float(rollout.scores[row]),
             }
-            self.lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+            self.lines.append(json_line(line))
         if self.lines:
             write_text_atomic(self.path, "".join(self.lines))
 

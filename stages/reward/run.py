@@ -13,7 +13,6 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
-from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
 
@@ -63,10 +62,9 @@ class RewardStage:
         return ("rankings",)
 
     def resources(self, config: Any) -> Mapping[str, str]:
-        """The base's folder, if the reward model starts from one; the SFT model is a parent."""
+        """The base, if the reward model starts from it; the SFT model is a parent."""
         path = config.model.path
-        starts_there = config.reward.start == "base" and path is not None and Path(path).is_dir()
-        return {"model.path": path} if starts_there else {}
+        return {} if path is None or config.reward.start == "sft" else {"model.path": path}
 
     def run(self, context: Context) -> Summary:
         """Train, measure on held-out rankings, normalise, and leave model and `report.json`.
@@ -86,6 +84,7 @@ class RewardStage:
         handle.codec.counts.clear()
         train = encode_rankings(handle.codec, split.train)
         held_out = encode_rankings(handle.codec, split.held_out)
+        cuts = context.report_cuts(handle.codec)
         fit = train_handle(handle, train, held_out[: section.eval_rows], context)
         agreement = measure(handle, split.held_out, held_out, context) if held_out else None
         normalisation = None
@@ -103,7 +102,7 @@ class RewardStage:
                 "responses": sum(len(ranking.ranks) for ranking in train),
                 "pairs": sum(len(ranking.pairs()) for ranking in split.train),
                 "pairs_of_equal_tokens": count_indistinct(train),
-                **dict(sorted(handle.codec.counts.items())),
+                **cuts,
                 **asdict(fit),
             },
             "held_out": agreement,
@@ -124,6 +123,7 @@ def reward_handle(context: Context, sft: Handle | None) -> Handle:
         start = sft
     else:
         start = store.pretrained()
+        config.check_positions(f"model.path {config.model.path}", start.trunk.model.config)
     runtime.seed_all("reward")  # here: opening may draw numbers (from files) or not (live)
     handle = store.trainable_copy(start, "reward", config.reward.tuning, config.lora)
     # PPO may open several reward models on one base: the head is named after its adapter.

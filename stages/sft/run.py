@@ -8,7 +8,6 @@ a step is divided by its response tokens, not by its demonstrations, as everywhe
 """
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from pipeline.codec import PLAIN_CHAT_TEMPLATE, Codec
@@ -35,15 +34,16 @@ class SftStage:
         return ("demonstrations",)
 
     def resources(self, config: Any) -> Mapping[str, str]:
-        """The base's folder, if it is one; its name is a common setting."""
+        """The base, where one is loaded."""
         path = config.model.path
-        return {"model.path": path} if path is not None and Path(path).is_dir() else {}
+        return {} if path is None else {"model.path": path}
 
     def run(self, context: Context) -> Summary:
         """Train, evaluate, and leave the model as the stage's artifact.
 
         Raises:
             DataError: no demonstration to train on.
+            ModelError: the base cannot be loaded, or has too few positions.
             TrainingError: a loss or a gradient is NaN or infinite.
         """
         split = context.corpus.demonstrations
@@ -56,6 +56,7 @@ class SftStage:
         handle.codec.counts.clear()
         train = tokenised(handle.codec, split.train)
         held_out = tokenised(handle.codec, split.held_out[: context.config.sft.eval_rows])
+        cuts = context.report_cuts(handle.codec)
         fit = train_handle(handle, train, held_out, context)
         if context.runtime.is_main:
             context.store.save(handle, context.folder.artifact)
@@ -71,7 +72,7 @@ class SftStage:
             "train_tokens": sum(train.lengths),
             "train_response_tokens": sum(train.units),
             "rows_per_second": fit.rows / fit.seconds,
-            **dict(sorted(handle.codec.counts.items())),
+            **cuts,
         }
 
 
@@ -80,7 +81,11 @@ def base_handle(context: Context, train: Sequence[Demonstration]) -> Handle:
     context.runtime.seed_all("sft")
     if context.config.model.init == "config":
         return context.store.build(tokenizer_texts(train))
-    return context.store.pretrained()
+    base = context.store.pretrained()
+    context.config.check_positions(
+        f"model.path {context.config.model.path}", base.trunk.model.config
+    )
+    return base
 
 
 def trainable(base: Handle, context: Context) -> Handle:

@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,14 @@ import pytest
 import torch
 from rich.console import Console
 
+from pipeline.codec import PROMPTS_CUT, Codec
 from pipeline.data import Corpus, Split
 from pipeline.distributed import Runtime
-from pipeline.errors import TrainingError
+from pipeline.errors import ModelError, TrainingError
 from pipeline.models.adapters import adapter_names
 from pipeline.models.store import ModelStore
 from pipeline.records import Prompt
-from pipeline.runfolder import RunFolder, verify
+from pipeline.runfolder import RunFolder, verify, write_manifest
 from pipeline.stage import Context
 from pipeline.tracking import Tracker
 from stages.config import RunConfig
@@ -30,12 +32,23 @@ def share_of_e(prompts, completions, completion_ids, **columns):
 
 def broken(prompts, completions, completion_ids, **columns):
     return [float("nan")] * len(prompts)
+
+
+calls = []
+
+
+def breaks(prompts, completions, completion_ids, **columns):
+    """Good for the first evaluation, and no more."""
+    calls.append(prompts)
+    return [1.0 if len(calls) == 1 else float("nan")] * len(prompts)
 '''
 TEXTS = [f"{animal} number {number} sees the {place}." for animal in ("Bee", "Eel", "Ewe", "Emu")
          for number in range(8) for place in ("sea", "tree", "street", "밭")]  # fmt: skip
 
 
-def make_context(root: Path, ppo: dict[str, Any], function: str = "share_of_e") -> Context:
+def make_context(
+    root: Path, ppo: dict[str, Any], function: str = "share_of_e", max_prompt_tokens: int = 32
+) -> Context:
     """A run of a random model with these prompts, up to the PPO stage."""
     (root / "reward.py").write_text(REWARD, encoding="utf-8")
     config = RunConfig.model_validate(
@@ -52,7 +65,7 @@ def make_context(root: Path, ppo: dict[str, Any], function: str = "share_of_e") 
                 },
             },
             "lora": {"rank": 8, "alpha": 16},
-            "data": {"max_prompt_tokens": 32, "max_response_tokens": 16},
+            "data": {"max_prompt_tokens": max_prompt_tokens, "max_response_tokens": 16},
             "ppo": {
                 "rewards": f"{root / 'reward.py'}:{function}",
                 "kl_coef": 0.001,
@@ -195,6 +208,54 @@ def test_nan_reward_stops_the_stage(tmp_path: Path) -> None:
     context = make_context(tmp_path, {}, function="broken")
     with pytest.raises(TrainingError, match="reward broken returned nan"):
         PpoStage().run(context)
+
+
+def test_the_error_of_a_nan_names_the_best_policy_so_far(tmp_path: Path) -> None:
+    context = make_context(tmp_path, {}, function="breaks")
+    with pytest.raises(TrainingError, match=r"returned nan.*The best policy so far") as caught:
+        PpoStage().run(context)
+    best = context.folder.checkpoints / "step-0"
+    assert f"(iteration 0, held-out reward 1.000) is in {best}: " in str(caught.value)
+    assert context.store.resolve(str(best), "sft").role.name == "policy"
+
+
+def test_each_prompt_is_tokenised_once_and_cuts_are_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rollout = {"prompts_per_iteration": 8, "responses_per_prompt": 2, "max_new_tokens": 4}
+    held_out = {"every": 1, "num_prompts": 8}
+    ppo = {"iterations": 3, "rollout": rollout, "held_out": held_out}
+    context = make_context(tmp_path, ppo, max_prompt_tokens=8)
+    prompts = [Prompt(text + " And?" * (i % 3)) for i, text in enumerate(TEXTS)]
+    corpus = Corpus(prompts=Split(tuple(prompts[16:]), tuple(prompts[:16])))
+    context = replace(context, corpus=corpus)
+    seen: list[Any] = []
+    encode = Codec.prompt_ids
+
+    def spy(codec: Codec, prompt: Any) -> list[int]:
+        seen.append(prompt)
+        return encode(codec, prompt)
+
+    monkeypatch.setattr(Codec, "prompt_ids", spy)
+    summary = PpoStage().run(context)
+    assert len(seen) == len(set(seen)) == 3 * 8 + 8
+    tokenizer = context.store.open(context.parents["sft"]).codec.tokenizer
+    cut = sum(len(tokenizer.encode(text)) > 8 for text in seen)
+    assert 0 < cut < len(seen)
+    assert summary[PROMPTS_CUT] == cut
+    assert f"{cut} {PROMPTS_CUT}" in context.console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_start_with_too_few_positions_is_refused(tmp_path: Path) -> None:
+    context = make_context(tmp_path, {})
+    start = str(context.parents["sft"])
+    data = context.config.data.model_copy(update={"max_prompt_tokens": 200})
+    ppo = context.config.ppo.model_copy(update={"policy": start})
+    # A loaded model: its positions are its own.
+    config = context.config.model_copy(update={"data": data, "ppo": ppo})
+    write_manifest(Path(start), stage="sft", key="", material={}, summary={}, seconds=0)
+    with pytest.raises(ModelError, match=rf"ppo.policy {start} has 256 positions but .* = 328 tok"):
+        PpoStage().run(replace(context, config=config))
 
 
 def _batch(codec: Any, prompt: list[int]) -> Any:

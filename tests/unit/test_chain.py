@@ -5,18 +5,34 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import pytest
+from pydantic import Field
 from rich.console import Console
 
 import pipeline.chain
 from pipeline.chain import Chain, difference, resource_fingerprint
-from pipeline.config import DataSection, LoraSection, ModelSection, RunSection, Section
+from pipeline.config import (
+    NOT_IN_KEY,
+    DataSection,
+    LoraSection,
+    ModelSection,
+    Resource,
+    RunSection,
+    Section,
+)
 from pipeline.errors import CheckpointError, TrainingError
 from pipeline.runfolder import RunFolder
+
+
+class MemorySection(Section):
+    rows: int = Field(8, json_schema_extra=NOT_IN_KEY)
+    share: float = 0.5
 
 
 class StepSection(Section):
     rate: float = 1.0
     tuning: str = "full"
+    memory: MemorySection = MemorySection()
+    judge: Resource | None = None
 
 
 class Config(Section):
@@ -45,7 +61,8 @@ class Step:
         return ("prompts",)
 
     def resources(self, config):
-        return {}
+        judge = getattr(config, self.name).judge
+        return {f"{self.name}.judge": judge} if judge else {}
 
     def run(self, context):
         self.ran.append(context.config.run.name)
@@ -219,6 +236,31 @@ def test_lora_settings_change_only_the_stages_that_train_adapters(run, tmp_path)
     assert second_a != second_b
 
 
+def test_what_sets_memory_only_repeats_no_work(run):
+    run()
+    assert run(second={"memory": {"rows": 16}}) == []
+    assert run(second={"memory": {"rows": 16, "share": 0.25}}) == ["second"]
+
+
+def test_a_file_counts_by_its_content_and_function_wherever_it_lies(run):
+    first, second = run.folder / "1.py", run.folder / "2.py"
+    first.write_text("def a(): ...\ndef b(): ...\n")
+    run()
+    assert run(second={"judge": f"{first}:a"}) == ["second"]
+    first.rename(second)
+    assert run(second={"judge": f"{second}:a"}) == []
+    assert run(second={"judge": f"{second}:b"}) == ["second"]
+    second.write_text("def b(): return 1\n")
+    assert run(second={"judge": f"{second}:b"}) == ["second"]
+    assert run() == []  # without one: the first of all
+
+
+def test_a_resource_that_a_stage_does_not_declare_is_our_mistake(run, monkeypatch):
+    monkeypatch.setattr(Step, "resources", lambda self, config: {})
+    with pytest.raises(AssertionError, match=r"second\.judge"):
+        run(second={"judge": "org/judge"})
+
+
 def test_difference_names_the_changed_leaves():
     old = {"sft": {"optim": {"lr": 1e-3, "eps": 1e-8}}, "data": {"p": "x"}}
     new = {"sft": {"optim": {"lr": 2e-3, "eps": 1e-8}}, "data": {"p": "y"}}
@@ -232,6 +274,7 @@ def test_a_module_is_known_by_its_file(tmp_path, monkeypatch):
     (tmp_path / "my_rewards_of_a_test.py").write_text("def score(**rest): return [2.0]\n")
     assert resource_fingerprint("my_rewards_of_a_test:score") != first
     assert resource_fingerprint("no_such_module_of_a_test:score")
+    assert resource_fingerprint("trl.rewards:a") != resource_fingerprint("trl.rewards:b")
 
 
 def test_a_machine_without_git_has_no_commit(monkeypatch):

@@ -205,6 +205,33 @@ def test_a_missing_reference_column_is_named(tmp_path: Path) -> None:
         evaluate(run)
 
 
+def test_prompts_cut_to_the_limit_are_counted_and_named(tmp_path: Path) -> None:
+    settings = config(tmp_path, best_of_n=False)
+    limit = 14
+    data = settings.data.model_copy(update={"max_prompt_tokens": limit})
+    run = TinyRun(settings.model_copy(update={"data": data}))
+    encode = run.sft.codec.tokenizer.encode
+    cut = sum(len(encode(prompt.prompt)) > limit for prompt in run.corpus.prompts.held_out[-8:])
+    assert 0 < cut < 8
+    metrics, _ = evaluate(run)
+    assert metrics["about"]["prompts_cut"] == cut
+    assert f"{cut} prompts cut to data.max_prompt_tokens" in run.screen.getvalue()
+    report = run.run.stage("evaluation").artifact / "report.md"
+    assert f"{cut} of the 8 prompts are longer than data.max_prompt_tokens" in report.read_text()
+
+
+def test_samples_are_json_whatever_the_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "stages.evaluation.policies.rouge_l", lambda texts, _: [math.nan] * len(texts)
+    )
+    run = TinyRun(config(tmp_path, best_of_n=False, reference_column="reference"))
+    metrics, samples = evaluate(run)
+    assert metrics["policies"]["ppo"]["rouge_l"] is None
+    assert samples[0]["ppo"]["rouge_l"] is None
+
+
 def test_no_held_out_prompt_is_an_error_with_a_remedy(tmp_path: Path) -> None:
     run = TinyRun(config(tmp_path))
     empty = replace(run.corpus.prompts, held_out=())

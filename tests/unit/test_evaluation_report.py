@@ -35,7 +35,7 @@ METRICS: dict[str, Any] = {
     "about": {
         "seed": 3, "prompts": 500, "prompts_wanted": 500, "temperature": 1.0,
         "max_new_tokens": 48, "rewards": "reward model", "gold": "gold", "best_of_n": 16,
-        "max_n": 16, "chosen_on_the_same_prompts": False, "versions": {},
+        "max_n": 16, "chosen_on_the_same_prompts": False, "prompts_cut": 0, "versions": {},
     },
 }  # fmt: skip
 

@@ -125,13 +125,14 @@ def test_the_base_is_named_with_its_hash(lora: tuple[TinyRun, Path]) -> None:
     digest = hashlib.sha256((folder / "base" / "model.safetensors").read_bytes()).hexdigest()
     record = json.loads((folder / "export.json").read_text())
     assert record["base"]["files"] == {"model.safetensors": digest}
+    assert record.keys() == {"policy", "forms", "base"}  # and no name of a run
     assert record["forms"] == ["adapter", "base", "merged"]
     assert digest in (folder / "adapter" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("form", ["adapter", "base", "merged"])
 def test_cards_state_data_numbers_and_limits(lora: tuple[TinyRun, Path], form: str) -> None:
-    _, folder = lora
+    run, folder = lora
     card = (folder / form / "README.md").read_text(encoding="utf-8")
     _, header, text = card.split("---\n", 2)
     library = "peft" if form == "adapter" else "transformers"
@@ -145,6 +146,7 @@ def test_cards_state_data_numbers_and_limits(lora: tuple[TinyRun, Path], form: s
     assert "no safety evaluation" in text
     assert "Prompts in plain text are used as they stand. Responses end at `<|end|>`" in text
     assert str(folder) not in card
+    assert run.config.run.name not in card  # another run may take the folder over
 
 
 def test_the_cards_code_runs(lora: tuple[TinyRun, Path], monkeypatch: pytest.MonkeyPatch) -> None:

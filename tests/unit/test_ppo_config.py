@@ -5,6 +5,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from pipeline.config import key_values
+from stages.config import RunConfig
 from stages.ppo.config import PpoSection
 
 
@@ -48,3 +50,26 @@ def test_learning_rate_follows_tuning_unless_it_is_set(given: dict, rate: float)
 def test_refusals_name_the_setting_and_its_value(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         PpoSection.model_validate(given)
+
+
+def test_knobs_of_memory_and_logging_are_no_part_of_any_key() -> None:
+    knobs = {
+        "sft": {"micro_batch_tokens": 7, "gradient_checkpointing": True, "log_every": 7},
+        "reward": {"micro_batch_tokens": 7, "gradient_checkpointing": True, "log_every": 7},
+        "ppo": {
+            "rollout": {"generation_rows": 7, "micro_batch_tokens": 7},
+            "optim": {"micro_batch_tokens": 7},
+            "held_out": {"num_texts": 7},
+            "samples": {"enabled": False, "rows_per_file": 7},
+        },
+        "evaluation": {"generation_rows": 7, "micro_batch_tokens": 7},
+    }
+    plain, turned = (
+        RunConfig.model_validate({"model": {"path": "org/base"}, **sections})
+        for sections in ({}, knobs)
+    )
+    for name in knobs:
+        before, after = getattr(plain, name), getattr(turned, name)
+        assert before != after
+        keys = [key_values(type(section), section.model_dump()) for section in (before, after)]
+        assert keys[0] == keys[1] != {}

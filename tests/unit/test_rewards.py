@@ -13,6 +13,7 @@ from pipeline.rewards import (
     SequenceClassificationReward,
     open_reward,
 )
+from pipeline.runfolder import write_manifest
 
 
 def completions(texts, prompt="q", **columns):
@@ -150,7 +151,7 @@ def classifier(tmp_path, make_handle):
 
 def test_any_sequence_classifier_scores_text(classifier):
     folder, model, handle = classifier
-    source = open_reward(str(folder), _Store(), ModelSection(path="x"))
+    source = open_reward(str(folder), _Store(), ModelSection(path="x"), 8)
     assert isinstance(source, SequenceClassificationReward)
     texts = [" the cat sat", " 고양이", " ran away on the mat and sat"]
     for text, score in zip(texts, source.score(completions(texts)), strict=True):
@@ -158,6 +159,31 @@ def test_any_sequence_classifier_scores_text(classifier):
         with torch.no_grad():
             alone = model(ids).logits[0, 0].item()  # no padding at all
         assert score == pytest.approx(alone, abs=1e-5)
+
+
+def test_a_classifier_reads_the_response_of_a_prompt_that_is_too_long(classifier):
+    folder, model, handle = classifier
+    source = open_reward(str(folder), _Store(), ModelSection(path="x"), 8)
+    source.tokenizer.model_max_length = 6
+    batch = completions([" the cat sat"], prompt="and ran away on the mat " * 3)
+    ids = handle.codec.tokenizer.encode(batch.prompts[0].prompt + " the cat sat")
+    assert len(ids) > 6
+    with torch.no_grad():
+        end = model(torch.tensor([ids[-6:]])).logits[0, 0].item()
+    assert source.score(batch) == [pytest.approx(end, abs=1e-5)]
+
+
+def test_a_reward_model_of_ours_is_opened_with_the_token_budget_of_who_asks(tmp_path, make_store):
+    store = make_store()
+    handle = store.build(["the cat sat on the mat"] * 4)
+    handle.trunk.add_head("reward")
+    store.save(handle.with_role("reward", head="reward"), tmp_path / "artifact")
+    write_manifest(
+        tmp_path / "artifact", stage="reward", key="", material={}, summary={}, seconds=0
+    )
+    source = open_reward(str(tmp_path), store, store.section, 99)
+    assert isinstance(source, ModelReward)
+    assert source.token_budget == 99
 
 
 def test_a_classifier_without_a_pad_token_is_refused(classifier):

@@ -1,21 +1,27 @@
 """Run folders: locks, atomic writes, manifests that tell the truth."""
 
+import json
+import math
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
+from safetensors import SafetensorError
 
 from pipeline.errors import CheckpointError, PipelineError
 from pipeline.runfolder import (
     RunFolder,
     json_hash,
+    json_line,
     link_tree,
     read_manifest,
     verify,
     write_bytes_atomic,
     write_json_atomic,
     write_manifest,
+    writing,
 )
 
 
@@ -138,3 +144,48 @@ def test_an_atomic_write_replaces_a_linked_file_only_here(artifact, tmp_path):
     link_tree(artifact, tmp_path / "copy")
     write_bytes_atomic(tmp_path / "copy/notes.txt", b"changed")
     assert verify(artifact).key == "k1"
+
+
+def test_an_edit_in_place_changes_one_copy_only(artifact, tmp_path):
+    link_tree(artifact, tmp_path / "copy")
+    with (tmp_path / "copy/notes.txt").open("a") as stream:
+        stream.write("changed")
+    assert verify(artifact).key == "k1"
+    weights = [folder / "model/weights.safetensors" for folder in (artifact, tmp_path / "copy")]
+    assert os.path.samefile(*weights)  # of weights there is one on the disk
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        SafetensorError("I/O error: No space left on device (os error 28)"),
+        shutil.Error([("a", "b", "[Errno 28] No space left on device")]),
+    ],
+)
+def test_what_fails_to_write_names_the_place_and_what_to_do(tmp_path, error):
+    expected = r"cannot write .*adapter: .*No space left on device.*set run\.folder"
+    with pytest.raises(PipelineError, match=expected), writing(tmp_path / "adapter"):
+        raise error
+
+
+def test_a_manifest_is_written_after_its_files_and_folders_are_synced(artifact, monkeypatch):
+    (artifact / "manifest.json").unlink()
+    synced = []
+
+    def sync(descriptor, fsync=os.fsync):
+        if not (artifact / "manifest.json").exists():
+            synced.append(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    write_manifest(artifact, stage="sft", key="k1", material={}, summary={}, seconds=0)
+    for name in ("", "model", "model/weights.safetensors", "notes.txt"):
+        assert (artifact / name).stat().st_ino in synced, name
+
+
+def test_numbers_that_are_not_finite_are_null_in_json(tmp_path):
+    value = {"a": [1.5, math.nan], "b": {"c": -math.inf, "d": "NaN"}}
+    expected = {"a": [1.5, None], "b": {"c": None, "d": "NaN"}}
+    write_json_atomic(tmp_path / "x.json", value)
+    assert json.loads((tmp_path / "x.json").read_text()) == json.loads(json_line(value)) == expected

@@ -4,7 +4,6 @@ import copy
 import gc
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +23,7 @@ from pipeline.config import (
     RunSection,
 )
 from pipeline.distributed import Runtime
+from pipeline.errors import ModelError
 from pipeline.fence import fenced
 from pipeline.hf_trainer import FitSummary, recomputing
 from pipeline.models.adapters import add_adapter, lora_config
@@ -34,6 +34,7 @@ from pipeline.row_order import plan_steps
 from pipeline.runfolder import RunFolder
 from pipeline.stage import Context
 from pipeline.tracking import Tracker
+from stages.config import RunConfig
 from stages.sft.config import SftOptimSection, SftSection
 from stages.sft.run import SftStage, tokenizer_texts
 from stages.sft.trainer import DemonstrationRows, SftTrainer
@@ -282,13 +283,11 @@ LORA = LoraSection(rank=2)
 DATA = DataSection(max_prompt_tokens=60, max_response_tokens=30)
 
 
-@dataclass(frozen=True)
-class Config:
-    run: RunSection = RUN
-    model: ModelSection = MODEL
-    data: DataSection = DATA
-    lora: LoraSection = LORA
-    sft: SftSection = SECTION
+def configured(**sections: Any) -> RunConfig:
+    """A configuration of these sections, small ones for the others."""
+    short = {"ppo": {"rollout": {"max_new_tokens": 30}}, "evaluation": {"max_new_tokens": 30}}
+    own = {"run": RUN, "model": MODEL, "data": DATA, "lora": LORA, "sft": SECTION}
+    return RunConfig.model_validate({**short, **own, **sections})
 
 
 def demonstrations(count: int) -> tuple[Demonstration, ...]:
@@ -298,7 +297,7 @@ def demonstrations(count: int) -> tuple[Demonstration, ...]:
     )
 
 
-def context(folder: Path, config: Config, store: ModelStore | None = None) -> Context:
+def context(folder: Path, config: RunConfig) -> Context:
     runtime = Runtime(config.run)
     console = Console(quiet=True)
     run = RunFolder(folder)
@@ -310,7 +309,7 @@ def context(folder: Path, config: Config, store: ModelStore | None = None) -> Co
         config=config,
         runtime=runtime,
         corpus=SimpleNamespace(demonstrations=split),  # type: ignore[arg-type]
-        store=store or ModelStore(config.model, config.data, runtime.device),
+        store=ModelStore(config.model, config.data, runtime.device),
         run=run,
         folder=stage,
         parents={},
@@ -320,7 +319,7 @@ def context(folder: Path, config: Config, store: ModelStore | None = None) -> Co
 
 
 def test_stage_leaves_an_artifact_with_the_numbers_it_reports(tmp_path: Path) -> None:
-    made = context(tmp_path / "run", Config(sft=SECTION.model_copy(update={"keep": "best"})))
+    made = context(tmp_path / "run", configured(sft=SECTION.model_copy(update={"keep": "best"})))
     summary = SftStage().run(made)
     rebuilt = ModelStore(MODEL, DATA).open(made.folder.artifact)
     rows = [rebuilt.codec.pair_ids(d.prompt, d.response) for d in demonstrations(6)]
@@ -340,7 +339,7 @@ def test_stage_leaves_an_artifact_with_the_numbers_it_reports(tmp_path: Path) ->
 def test_stage_repeats_to_the_same_weights(tmp_path: Path) -> None:
     hashes = []
     for name in ("one", "two"):
-        made = context(tmp_path / name, Config())
+        made = context(tmp_path / name, configured())
         SftStage().run(made)
         hashes.append(made.store.open(made.folder.artifact).trunk.base_hash())
     assert hashes[0] == hashes[1]
@@ -348,12 +347,12 @@ def test_stage_repeats_to_the_same_weights(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("tuning", ["full", "lora"])
 def test_stage_on_a_pretrained_base(tuning: str, tmp_path: Path) -> None:
-    first = context(tmp_path / "base", Config())
+    first = context(tmp_path / "base", configured())
     SftStage().run(first)
     section = ModelSection(path=str(first.folder.artifact / "model"))
     before = ModelStore(section, DATA).pretrained().trunk.base_hash()
     sft = SECTION.model_copy(update={"tuning": tuning})
-    made = context(tmp_path / tuning, Config(model=section, sft=sft))
+    made = context(tmp_path / tuning, configured(model=section, sft=sft))
     SftStage().run(made)
     handle, base = made.store.open(made.folder.artifact), made.store.pretrained()
     # The base as anybody gets it afterwards has not moved; an adapter shares it in memory.
@@ -367,9 +366,18 @@ def test_stage_on_a_pretrained_base(tuning: str, tmp_path: Path) -> None:
     assert not torch.allclose(base(batch, ("logprobs",)).logprobs, trained, atol=1e-3)
 
 
+def test_a_base_with_too_few_positions_is_refused(tmp_path: Path) -> None:
+    store = ModelStore(MODEL, DATA)
+    store.save(store.build(["a text"]), tmp_path / "base")
+    section = ModelSection(path=str(tmp_path / "base/model"))
+    made = configured(model=section, data=DataSection(max_prompt_tokens=99, max_response_tokens=30))
+    with pytest.raises(ModelError, match=r"has 128 positions but .* = 99 \+ 30 = 129 tokens"):
+        SftStage().run(context(tmp_path / "run", made))
+
+
 def test_cut_rows_are_counted(tmp_path: Path) -> None:
     short = DataSection(max_prompt_tokens=5, max_response_tokens=1)
-    summary = SftStage().run(context(tmp_path / "run", replace(Config(), data=short)))
+    summary = SftStage().run(context(tmp_path / "run", configured(data=short)))
     assert summary["prompts cut to data.max_prompt_tokens"] == 30  # 24 train and 6 held out
     assert summary["responses cut to data.max_response_tokens"] == 30
 
@@ -385,10 +393,8 @@ def test_new_tokenizer_reads_conversations_as_they_are_rendered() -> None:
     ]
 
 
-def test_a_base_in_a_folder_is_known_by_its_files(tmp_path: Path) -> None:
-    def named(path: str) -> SimpleNamespace:
-        return SimpleNamespace(model=SimpleNamespace(path=path))
-
-    stage = SftStage()
-    assert stage.resources(named(str(tmp_path))) == {"model.path": str(tmp_path)}
-    assert stage.resources(named("someone/on-the-hub")) == {}
+def test_a_base_is_known_by_what_it_is_loaded_from(tmp_path: Path) -> None:
+    for path in (str(tmp_path), "someone/on-the-hub"):
+        named = configured(model=ModelSection(path=path))
+        assert SftStage().resources(named) == {"model.path": path}
+    assert SftStage().resources(configured()) == {}

@@ -9,8 +9,10 @@ import pytest
 from rich.console import Console
 
 from pipeline import yaml_core
+from pipeline.config import key_values
 from pipeline.errors import CheckpointError, PipelineError
 from pipeline.runfolder import RunFolder, write_manifest
+from stages.config import RunConfig
 from stages.show import show_run, stage_states
 
 CONFIG: dict[str, Any] = {
@@ -19,7 +21,12 @@ CONFIG: dict[str, Any] = {
     "lora": {"rank": 16},
     "sft": {"tuning": "full", "epochs": 2.0},
     "reward": {"tuning": "lora"},
-    "ppo": {"tuning": "lora", "kl_coef": 0.05},
+    "ppo": {
+        "tuning": "lora",
+        "kl_coef": 0.05,
+        "rollout": {"generation_rows": 64, "temperature": 1.0},
+        "rewards": None,
+    },
     "evaluation": {"prompts": 5},
     "export": {"merged": True},
 }
@@ -49,8 +56,9 @@ def finish(run: RunFolder, stage: str, parents: dict[str, str], **material: Any)
         stage=stage,
         key=stage,
         material={
-            stage: CONFIG[stage],
-            "common": {"seed": 3, "mixed_precision": "no", "model": CONFIG["model"]},
+            stage: key_values(RunConfig.model_fields[stage].annotation, CONFIG[stage]),
+            "common": {"seed": 3, "mixed_precision": "no", "model": {"dtype": "float32"}},
+            "resources": {"model.path": "org/base"} if stage == "sft" else {},
             "parents": parents,
             **material,
         },
@@ -102,6 +110,29 @@ def test_stale_by_settings_and_by_parents(run: RunFolder) -> None:
     assert found["ppo"] == ("stale", "lora.rank: 8 -> 16, run.seed: 4 -> 3")
     finish(run, "export", {"ppo": "ppo"})  # of the ppo that is there, itself out of date
     assert states(run)["export"] == ("stale", "made from another ppo")
+
+
+def test_stale_by_what_is_named_but_not_by_memory(run: RunFolder) -> None:
+    finish(run, "sft", {})
+    finish(run, "ppo", {"sft": "sft"})
+    finish(run, "evaluation", {"ppo": "ppo"}, resources={"evaluation.gold": "hash"})
+    config = CONFIG | {
+        "model": {"path": "org/other", "dtype": "float32"},
+        "ppo": CONFIG["ppo"] | {"rollout": {"generation_rows": 8, "temperature": 1.0}},
+        "evaluation": {"prompts": 5, "gold": "/moved/gold.py:score"},  # what it says, a run sees
+    }
+
+    def notes() -> dict[str, str]:
+        return {state.name: state.note for state in stage_states(run, config)}
+
+    assert notes()["sft"] == 'model.path: "org/base" -> "org/other"'
+    assert notes()["ppo"] == "made from another sft"
+    config["model"] = CONFIG["model"]
+    assert notes()["ppo"] == notes()["evaluation"] == ""
+    config["ppo"] = config["ppo"] | {"rewards": "org/judge"}
+    assert notes()["ppo"] == 'ppo.rewards: null -> "org/judge"'
+    del config["evaluation"]["gold"]
+    assert notes()["evaluation"] == 'evaluation.gold: "hash" -> null'
 
 
 def test_damaged_manifest_does_not_hide_the_others(run: RunFolder) -> None:

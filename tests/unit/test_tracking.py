@@ -9,6 +9,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from pipeline.errors import PipelineError
 from pipeline.tracking import Tracker
 
 
@@ -70,3 +71,11 @@ def test_other_processes_write_nothing(tmp_path):
     tracker.log(1, {"loss": 1.0})
     tracker.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_named_and_does_not_hide_behind_another_error(tmp_path):
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    tracker = Tracker(tmp_path, "r", (), Console(quiet=True))
+    for action in (lambda: tracker.log(1, {"loss": 0.5}), tracker.close):
+        with pytest.raises(PipelineError, match=r"metrics\.jsonl: No space left on device"):
+            action()
