@@ -1,17 +1,10 @@
 """The chain: which stages run, which are reused, and what passes from one to the next.
 
-A stage's *key* is the hash of everything its result depends on: its own section, the common fields
-it reads, the content of its data, the files it names and its parents' keys. Work whose key is
-unchanged is never done twice, in this run or taken over from another (`--from`).
+Work whose key (`keys.py`) is unchanged is never done twice, in this run or taken over from another
+(`--from`).
 """
 
-import importlib.util
-import json
-import os
-import platform
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,20 +14,14 @@ from typing import Any
 
 from rich.console import Console
 
-from pipeline.config import (
-    Section,
-    function_reference,
-    key_values,
-    resource_fields,
-    resource_path,
-)
+from pipeline.environment import environment
 from pipeline.errors import CheckpointError
+from pipeline.keys import difference, stage_material
 from pipeline.runfolder import (
     MANIFEST,
     Manifest,
     RunFolder,
     StageFolder,
-    file_hash,
     json_hash,
     link_tree,
     verify,
@@ -43,8 +30,6 @@ from pipeline.runfolder import (
     write_text_atomic,
 )
 from pipeline.stage import Context, Stage
-
-KEY_FORMAT = 1  # raise it when a stage computes something else from the same inputs
 
 
 @dataclass(frozen=True)
@@ -101,40 +86,10 @@ class Chain:
         """Every stage's key, parents before children."""
         plans: dict[str, Planned] = {}
         for stage in self.stages:
-            material = self._material(stage, plans)
+            parents = {n: plans[n].key for n in stage.needs(self.config) if n in plans}
+            material = stage_material(stage, self.config, self.corpus.fingerprint, parents)
             plans[stage.name] = Planned(stage, json_hash(material), material)
         return plans
-
-    # --- keys ---
-
-    def _material(self, stage: Stage, plans: Mapping[str, Planned]) -> dict[str, Any]:
-        section = getattr(self.config, stage.name)
-        resources = stage.resources(self.config)
-        for name in resource_fields(type(section)):
-            named = getattr(section, name) is not None
-            assert named == (f"{stage.name}.{name}" in resources), f"{stage.name}.{name}"
-        common: dict[str, Any] = {
-            "seed": self.config.run.seed,
-            "mixed_precision": self.config.run.mixed_precision,
-            "model": _key_values(self.config.model),
-            "max_prompt_tokens": self.config.data.max_prompt_tokens,
-            "max_response_tokens": self.config.data.max_response_tokens,
-        }
-        if getattr(section, "tuning", None) == "lora":
-            common["lora"] = _key_values(self.config.lora)
-        return {
-            "format": KEY_FORMAT,
-            "stage": stage.name,
-            stage.name: _key_values(section),
-            "common": common,
-            "data": {kind: self.corpus.fingerprint(kind) for kind in stage.reads(self.config)},
-            "resources": {
-                field: resource_fingerprint(resource) for field, resource in resources.items()
-            },
-            "parents": {
-                name: plans[name].key for name in stage.needs(self.config) if name in plans
-            },
-        }
 
     # --- finished work ---
 
@@ -293,100 +248,9 @@ class Chain:
         write_json_atomic(self.folder.environment_json, environment())
 
 
-def _key_values(section: Section) -> dict[str, Any]:
-    return key_values(type(section), section.model_dump(mode="json"))
-
-
-def resource_fingerprint(resource: str) -> str:
-    """What identifies a function, a file, a folder or a Hub id that a stage reads.
-
-    Wherever they lie, files and folders are their content; a function's name is part of it.
-    """
-    if (reference := function_reference(resource)) is not None:
-        file = _module_file(resource) or resource_path(resource)
-        # A file may move; a module's name says which of its package's files count too.
-        name = reference[1] if reference[0].endswith(".py") else resource
-        return f"{file_hash(file)}:{name}" if file.is_file() else resource
-    path = resource_path(resource)
-    if path.is_file():
-        return file_hash(path)
-    if path.is_dir():
-        manifests = sorted(path.rglob("manifest.json"))
-        names = manifests or sorted(p for p in path.rglob("*") if p.is_file())
-        return json_hash({p.relative_to(path).as_posix(): file_hash(p) for p in names})
-    return resource
-
-
-def _module_file(resource: str) -> Path | None:
-    """The file of the module in `module:function`; None of anything else, or where it has none."""
-    reference = function_reference(resource)
-    if reference is None or reference[0].endswith(".py"):
-        return None
-    try:
-        spec = importlib.util.find_spec(reference[0])
-    except (ImportError, ValueError):
-        return None  # whoever opens it says so
-    return Path(spec.origin) if spec is not None and spec.origin else None
-
-
 def _is_whole(artifact: Path) -> bool:
     try:
         verify(artifact)
     except CheckpointError:
         return False
     return True
-
-
-def difference(old: Any, new: Any, prefix: str = "") -> str:
-    """The leaves in which two nested mappings differ, as `path: old -> new`."""
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        parts = [
-            difference(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key)
-            for key in sorted(old.keys() | new.keys())
-            if old.get(key) != new.get(key)
-        ]
-        return ", ".join(parts)
-    return f"{prefix}: {json.dumps(old)} -> {json.dumps(new)}"
-
-
-def environment() -> dict[str, Any]:
-    """Versions, commit and hardware, for `environment.json`."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    versions = {}
-    for package in ("torch", "transformers", "trl", "peft", "accelerate", "datasets"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "not installed"
-    return {
-        "python": sys.version.split()[0],
-        "platform": platform.platform(),
-        "cpus": os.cpu_count(),
-        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "accelerators": _accelerators(),
-        "versions": versions,
-        "commit": _commit(),
-        "command": sys.argv,
-    }
-
-
-def _accelerators() -> list[str]:
-    import torch
-
-    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-
-
-def _commit() -> str | None:
-    """The commit of this software, where it runs from a checkout."""
-    try:
-        result = subprocess.run(
-            ["git", "describe", "--always", "--dirty"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    except OSError:
-        return None  # no git here
-    return result.stdout.strip() or None

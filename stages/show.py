@@ -12,10 +12,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from pipeline import yaml_core
-from pipeline.chain import difference
 from pipeline.config import Section, function_reference, key_values, resource_fields
 from pipeline.data.screen import data_table
 from pipeline.errors import CheckpointError, PipelineError
+from pipeline.keys import difference
 from pipeline.runfolder import Manifest, RunFolder, StageFolder, read_json
 from stages import STAGES
 from stages.config import RunConfig

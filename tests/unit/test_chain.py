@@ -9,7 +9,8 @@ from pydantic import Field
 from rich.console import Console
 
 import pipeline.chain
-from pipeline.chain import Chain, difference, resource_fingerprint
+import pipeline.environment
+from pipeline.chain import Chain
 from pipeline.config import (
     NOT_IN_KEY,
     DataSection,
@@ -20,6 +21,7 @@ from pipeline.config import (
     Section,
 )
 from pipeline.errors import CheckpointError, TrainingError
+from pipeline.keys import difference, resource_fingerprint
 from pipeline.runfolder import RunFolder
 
 
@@ -279,4 +281,4 @@ def test_a_module_is_known_by_its_file(tmp_path, monkeypatch):
 
 def test_a_machine_without_git_has_no_commit(monkeypatch):
     monkeypatch.setenv("PATH", "")
-    assert pipeline.chain._commit() is None
+    assert pipeline.environment._commit() is None

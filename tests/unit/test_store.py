@@ -217,7 +217,7 @@ class TestStore:
 
 
 def test_of_a_run_only_what_is_taken_counts(tmp_path):
-    from pipeline.chain import resource_fingerprint
+    from pipeline.keys import resource_fingerprint
 
     artifact = tmp_path / "run/sft/artifact"
     artifact.mkdir(parents=True)
