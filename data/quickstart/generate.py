@@ -84,11 +84,11 @@ SUMMARIES = (
 
 # What people write: share of each quality among the demonstrations, and among ranked responses.
 DEMONSTRATION_SHARES = {
-    "complete": 0.2,
-    "omits": 0.24,
+    "complete": 0.15,
+    "omits": 0.27,
     "wrong": 0.04,
-    "rambling": 0.24,
-    "copying": 0.13,
+    "rambling": 0.25,
+    "copying": 0.14,
     "no_ending": 0.15,
 }
 RANKING_SHARES = {
