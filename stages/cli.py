@@ -240,8 +240,10 @@ def _run_chain(config: "RunConfig", sources: list[Path] | None, only: str | None
 
     stages = needed_stages(config, RESULTS if only is None else (only,))
     check_needs(config, [stage.name for stage in stages])
-    chain = Chain(config, stages, _console(), sources or ())
+    console = _console()
+    chain = Chain(config, stages, console, sources or ())
     chain.run(only=None if only is None else stages[-1].name)
+    console.print(f"Look at the run with: rlhf show {chain.folder.root}", highlight=False)
 
 
 def needed_stages(config: "RunConfig", verbs: Collection[str]) -> list["Stage"]:

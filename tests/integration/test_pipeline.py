@@ -5,10 +5,12 @@ The chain is run once in one process and once stage by stage; everything else lo
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -197,6 +199,37 @@ def test_accelerate_launches_a_stage(inside):
         timeout=280,
     )
     assert metrics(inside / "runs/launched", "ppo")[-1]["kl_coef"] == 0.2
+
+
+@pytest.mark.slow
+def test_korean_end_to_end(inside):
+    """Hangul in, Hangul out: prompts, samples, texts and cards; conversations included."""
+    samples = ROOT / "data/samples"
+    rlhf(
+        "run",
+        "c.yaml",
+        "run.name=korean",
+        f"data.demonstrations={samples}/chat_demonstrations.jsonl",
+        f"data.rankings={samples}/korean.jsonl",
+        "data.prompts=null",
+        "data.max_prompt_tokens=64",
+        "data.held_out_fraction=0.3",
+        "sft.max_steps=40",
+        "evaluation.gold=null",
+        "ppo.rollout.prompts_per_iteration=4",
+        "ppo.held_out.num_prompts=4",
+    )
+    run = inside / "runs/korean"
+    report = json.loads((run / "data.json").read_text(encoding="utf-8"))
+    assert report["rankings"]["rows"] == 20 and not report["rankings"]["left_out"]
+    originals = {
+        json.loads(line)["prompt"] for line in (samples / "korean.jsonl").read_text().splitlines()
+    }
+    rollouts = pyarrow.parquet.read_table(next((run / "ppo/samples").glob("*.parquet")))
+    asked = rollouts.column("prompt").to_pylist()
+    assert any(original in asked for original in originals)
+    texts = (run / "ppo/texts.jsonl").read_text(encoding="utf-8")
+    assert re.search("[가-힣]", texts)  # readable in the file, not escaped
 
 
 @pytest.mark.slow

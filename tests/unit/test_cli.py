@@ -61,6 +61,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         def __init__(self, config: Any, stages: Any, console: Any, sources: Any) -> None:
             names = [stage.name for stage in stages]
             self.call = SimpleNamespace(config=config, stages=names, sources=list(sources))
+            self.folder = SimpleNamespace(root=Path("runs/made"))
 
         def run(self, only: str | None = None) -> None:
             self.call.only = only
