@@ -40,6 +40,26 @@ class TokenBatch:
         positions = torch.arange(self.response_ids.shape[1], device=self.response_ids.device)
         return positions < self.response_lengths.unsqueeze(1)
 
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each row, prompt and response."""
+        lengths: list[int] = (self.prompt_lengths + self.response_lengths).tolist()
+        return lengths
+
+    def take(self, rows: Sequence[int]) -> "TokenBatch":
+        """Some rows, no wider than the longest of them needs."""
+        chosen = list(rows)
+        prompt_lengths, response_lengths = (
+            self.prompt_lengths[chosen],
+            self.response_lengths[chosen],
+        )
+        return TokenBatch(
+            self.prompt_ids[chosen, : int(prompt_lengths.max())],
+            prompt_lengths,
+            self.response_ids[chosen, : int(response_lengths.max())],
+            response_lengths,
+        )
+
     def __len__(self) -> int:
         return self.prompt_ids.shape[0]
 
@@ -58,14 +78,6 @@ def _pad(
         torch.tensor(padded, dtype=torch.long, device=device),
         torch.tensor(lengths, dtype=torch.long, device=device),
     )
-
-
-def pad_values(rows: Sequence[Sequence[float]], width: int, dtype: torch.dtype) -> Tensor:
-    """Ragged numbers a response token as (B, width), zeros on padding."""
-    out = torch.zeros(len(rows), width, dtype=dtype)
-    for index, row in enumerate(rows):
-        out[index, : len(row)] = torch.tensor(row, dtype=dtype)
-    return out
 
 
 def micro_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:

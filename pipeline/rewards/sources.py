@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
-from pipeline.batches import TokenBatch, micro_batches
+from pipeline.batches import TokenBatch
 from pipeline.config import ModelSection, function_reference
 from pipeline.errors import ConfigError, ModelError, TrainingError
+from pipeline.inference import infer
 from pipeline.models.loading import explain_load_errors, torch_dtype
 from pipeline.models.store import ModelStore, find_artifact
 from pipeline.models.trunk import Handle
@@ -30,22 +31,12 @@ class ModelReward:
         self.name = handle.role.name
         self.token_budget = token_budget
 
-    @torch.no_grad()
     def score(self, completions: Completions) -> list[float]:
         """See `RewardSource`."""
-        pairs = list(zip(completions.prompt_ids, completions.completion_ids, strict=True))
-        scores = [0.0] * len(pairs)
-        lengths = [len(prompt) + len(response) for prompt, response in pairs]
-        for rows in micro_batches(lengths, self.token_budget):
-            batch = TokenBatch.from_ragged(
-                [pairs[row][0] for row in rows],
-                [pairs[row][1] for row in rows],
-                self.handle.codec.pad_id,
-            )
-            out = self.handle(batch, {"scores"}).scores
-            assert out is not None
-            for row, score in zip(rows, out.tolist(), strict=True):
-                scores[row] = score
+        batch = TokenBatch.from_ragged(
+            completions.prompt_ids, completions.completion_ids, self.handle.codec.pad_id
+        )
+        scores = infer(self.handle, batch, ["scores"], self.token_budget)["scores"].tolist()
         return checked(self.name, scores, completions)
 
 

@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.batches import TokenBatch, micro_batches
+from pipeline.batches import TokenBatch
 from pipeline.codec import Codec
 from pipeline.errors import ConfigError
 from pipeline.generation import Engine, Sampling
+from pipeline.inference import infer
 from pipeline.models.trunk import Handle
 from pipeline.records import Prompt
 from pipeline.rewards import Completions, RewardSource
@@ -152,25 +153,9 @@ def logprobs(
     handle: Handle, drawn: Completions, temperature: float, token_budget: int
 ) -> list[list[float]]:
     """Log-probability of each token of each response under `handle`, in nats."""
-    import torch
-
-    rows: list[list[float]] = [[] for _ in drawn.completion_ids]
-    lengths = [
-        len(prompt) + len(response)
-        for prompt, response in zip(drawn.prompt_ids, drawn.completion_ids, strict=True)
-    ]
-    for part in micro_batches(lengths, token_budget):
-        batch = TokenBatch.from_ragged(
-            [drawn.prompt_ids[row] for row in part],
-            [drawn.completion_ids[row] for row in part],
-            handle.codec.pad_id,
-        )
-        with torch.no_grad():
-            found = handle(batch, {"logprobs"}, temperature).logprobs
-        assert found is not None
-        for row, values in zip(part, found.tolist(), strict=True):
-            rows[row] = values[: len(drawn.completion_ids[row])]
-    return rows
+    batch = TokenBatch.from_ragged(drawn.prompt_ids, drawn.completion_ids, handle.codec.pad_id)
+    found = infer(handle, batch, ["logprobs"], token_budget, temperature)["logprobs"].tolist()
+    return [row[: len(ids)] for row, ids in zip(found, drawn.completion_ids, strict=True)]
 
 
 def rouge_l(texts: Sequence[str], references: Sequence[str]) -> list[float]:

@@ -4,15 +4,16 @@ A rollout is ragged: ids and lengths, one row a response. Log-probs are recomput
 own training forward, whatever the engine reports: the ratio at the first minibatch is then 1.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.batches import TokenBatch, micro_batches
+from pipeline.batches import TokenBatch
 from pipeline.generation import Engine, Sampling
+from pipeline.inference import infer
 from pipeline.models.trunk import Handle
 from pipeline.records import Prompt
 from pipeline.rewards import Completions, RewardSource
@@ -128,13 +129,13 @@ def collect(
     shared = value is not None and shares_trunk(policy, value)
     budget, temperature = section.micro_batch_tokens, section.temperature
     if value is not None and shared:
-        own = measure(value, batch, [*policy_wants, "values"], budget, temperature)
+        own = infer(value, batch, [*policy_wants, "values"], budget, temperature)
     else:
-        own = measure(policy, batch, policy_wants, budget, temperature)
+        own = infer(policy, batch, policy_wants, budget, temperature)
     if value is None:
         own["values"] = torch.zeros_like(own["logprobs"])
     elif not shared:
-        own |= measure(value, batch, ["values"], budget, temperature)
+        own |= infer(value, batch, ["values"], budget, temperature)
     ended = torch.tensor(sampled.ended, device=batch.response_ids.device)
     raw = rewards.score(completions)
     scores = torch.tensor(raw, dtype=own["logprobs"].dtype, device=ended.device)
@@ -148,7 +149,7 @@ def collect(
         rewards=final_scores(
             scores, ended, section.missing_eos, section.missing_eos_penalty, reward_clip
         ),
-        ref_logprobs=measure(reference, batch, ["logprobs"], budget, temperature)["logprobs"],
+        ref_logprobs=infer(reference, batch, ["logprobs"], budget, temperature)["logprobs"],
         **own,
     )
 
@@ -156,43 +157,3 @@ def collect(
 def shares_trunk(policy: Handle, value: Handle) -> bool:
     """Whether the value is a head on the policy's own hidden states."""
     return policy.trunk is value.trunk and policy.role.adapter == value.role.adapter
-
-
-def measure(
-    handle: Handle,
-    batch: TokenBatch,
-    want: Collection[str],
-    token_budget: int,
-    temperature: float,
-) -> dict[str, Tensor]:
-    """The handle's outputs (B, R) without gradient, in micro-batches of `token_budget` tokens."""
-    out: dict[str, Tensor] = {}
-    with torch.no_grad():
-        for rows in micro_batches(row_lengths(batch), token_budget):
-            part = handle(take(batch, rows), want, temperature)
-            for name in want:
-                x_br = getattr(part, name)
-                if name not in out:
-                    out[name] = torch.zeros(
-                        batch.response_ids.shape, dtype=x_br.dtype, device=x_br.device
-                    )
-                out[name][rows, : x_br.shape[1]] = x_br
-    return out
-
-
-def row_lengths(batch: TokenBatch) -> list[int]:
-    """Tokens of each row, prompt and response."""
-    lengths: list[int] = (batch.prompt_lengths + batch.response_lengths).tolist()
-    return lengths
-
-
-def take(batch: TokenBatch, rows: Sequence[int]) -> TokenBatch:
-    """Some rows of a batch, no wider than the longest of them needs."""
-    chosen = list(rows)
-    prompt_lengths, response_lengths = batch.prompt_lengths[chosen], batch.response_lengths[chosen]
-    return TokenBatch(
-        batch.prompt_ids[chosen, : int(prompt_lengths.max())],
-        prompt_lengths,
-        batch.response_ids[chosen, : int(response_lengths.max())],
-        response_lengths,
-    )

@@ -23,7 +23,7 @@ from stages.ppo.config import PpoOptimSection
 from stages.ppo.controllers import schedule_factor
 from stages.ppo.experience import Experience
 from stages.ppo.objective import policy_loss, value_loss
-from stages.ppo.rollout import row_lengths, shares_trunk, take
+from stages.ppo.rollout import shares_trunk
 
 # Sums over response tokens that each micro-batch reports, in this order.
 SUMS = (
@@ -185,7 +185,7 @@ class Updater:
         self, experience: Experience, rows: list[int], train_policy: bool, place: str
     ) -> tuple[float, dict[str, float], float]:
         """Gradients of one minibatch; its global token count, sums and largest ratio."""
-        lengths = row_lengths(experience.rollout.batch)
+        lengths = experience.rollout.batch.lengths
         local_tokens = experience.rollout.batch.response_lengths[rows].sum()
         tokens = float(self.runtime.all_sum(local_tokens))
         parts = micro_batches([lengths[row] for row in rows], self.section.micro_batch_tokens)
@@ -207,7 +207,7 @@ class Updater:
     ) -> tuple[Tensor, Tensor]:
         """Summed loss of some rows, and (len(SUMS) + 1,): their SUMS and largest ratio."""
         section = self.section
-        batch = take(experience.rollout.batch, rows)
+        batch = experience.rollout.batch.take(rows)
         mask = batch.response_mask
         cut = partial(_rows, rows=rows, width=mask.shape[1])
         want = ["values"]
@@ -253,10 +253,10 @@ class Updater:
         prompts, responses = zip(*(self.demonstrations[i] for i in drawn.tolist()), strict=True)
         batch = TokenBatch.from_ragged(prompts, responses, self.pad_id, self.device)
         tokens = float(self.runtime.all_sum(batch.response_lengths.sum()))
-        parts = micro_batches(row_lengths(batch), self.section.micro_batch_tokens)
+        parts = micro_batches(batch.lengths, self.section.micro_batch_tokens)
         for position, rows in enumerate(parts):
             with self.runtime.autocast():
-                part = take(batch, rows)
+                part = batch.take(rows)
                 # A language-model loss: at temperature 1 whatever the policy is sampled with.
                 logprobs = self.module(part, ["logprobs"]).logprobs
             loss = -masked_sum(logprobs, part.response_mask)

@@ -10,11 +10,12 @@ import torch
 
 from pipeline.batches import TokenBatch
 from pipeline.errors import TrainingError
+from pipeline.inference import infer
 from pipeline.models.joiner import DecoderJoiner
 from pipeline.models.trunk import tensors_hash
 from stages.ppo.config import RolloutSection
 from stages.ppo.experience import Experience, rollout_metrics
-from stages.ppo.rollout import PromptOrder, Rollout, measure, row_lengths, take
+from stages.ppo.rollout import PromptOrder, Rollout
 from stages.ppo.samples import SampleFiles
 from tests.tiny_ppo import PROMPTS, TinyPpo
 
@@ -60,9 +61,9 @@ def test_reference_is_the_start_and_never_moves(form: dict) -> None:
         ppo.updater.update(ppo.appraise(ppo.collect(iteration)), iteration)
     assert tensors_hash(frozen) == before
     assert ppo.start.trunk.base_hash() == base
-    again = measure(ppo.models.reference, rollout.batch, ["logprobs"], 10_000, 0.7)["logprobs"]
+    again = infer(ppo.models.reference, rollout.batch, ["logprobs"], 10_000, 0.7)["logprobs"]
     torch.testing.assert_close(again, rollout.ref_logprobs, **TOLERANCE)
-    moved = measure(ppo.models.policy, rollout.batch, ["logprobs"], 10_000, 0.7)["logprobs"]
+    moved = infer(ppo.models.policy, rollout.batch, ["logprobs"], 10_000, 0.7)["logprobs"]
     assert (moved - again).abs().max() > 1e-3
 
 
@@ -210,9 +211,9 @@ def test_rollout_does_not_depend_on_batches_or_padding() -> None:
     """Each row measured alone gives the numbers of the whole batch; padding is zero."""
     ppo = TinyPpo(rollout={"temperature": 0.7})
     rollout: Rollout = ppo.collect()
-    assert len(set(row_lengths(rollout.batch))) > 1
+    assert len(set(rollout.batch.lengths)) > 1
     for row, length in enumerate(rollout.batch.response_lengths.tolist()):
-        alone = measure(ppo.models.policy, take(rollout.batch, [row]), ["logprobs"], 1, 0.7)
+        alone = infer(ppo.models.policy, rollout.batch.take([row]), ["logprobs"], 1, 0.7)
         torch.testing.assert_close(
             alone["logprobs"][0], rollout.logprobs[row, :length], **TOLERANCE
         )

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from pipeline.batches import TokenBatch, micro_batches, pad_values
+from pipeline.batches import TokenBatch, micro_batches
+from pipeline.inference import infer
 
 
 def test_ragged_rows_are_padded_and_their_lengths_kept():
@@ -12,10 +13,6 @@ def test_ragged_rows_are_padded_and_their_lengths_kept():
     assert batch.response_ids.tolist() == [[5, 0], [6, 0]]
     # The second response ends with a real token that happens to be the pad id.
     assert batch.response_mask.tolist() == [[True, False], [True, True]]
-
-
-def test_numbers_a_token_are_zero_on_padding():
-    assert pad_values([[1.5], [2.0, 3.0]], 3, torch.float64).tolist() == [[1.5, 0, 0], [2, 3, 0]]
 
 
 @pytest.mark.parametrize("budget", [1, 10, 17, 1000])
@@ -39,3 +36,31 @@ def test_micro_batches_are_as_few_as_sorting_allows():
         [3, 4],
         [1, 2],
     ]
+
+
+def test_taken_rows_are_no_wider_than_they_need():
+    batch = TokenBatch.from_ragged([[1, 2, 3], [4], [5, 6]], [[7], [8, 9], [7, 7, 7]], pad_id=0)
+    assert batch.lengths == [4, 3, 5]
+    taken = batch.take([1, 0])
+    assert taken.prompt_ids.tolist() == [[4, 0, 0], [1, 2, 3]]
+    assert taken.response_ids.tolist() == [[8, 9], [7, 0]]
+    assert taken.lengths == [3, 4]
+
+
+@pytest.mark.parametrize("token_budget", [1, 9, 1000])
+def test_inference_is_in_the_order_of_the_batch_whatever_the_budget(make_handle, token_budget):
+    handle = make_handle()
+    handle.trunk.add_head("h").init_normal(torch.Generator().manual_seed(0))
+    handle = handle.with_role("r", head="h")
+    prompts, responses = [[5, 6, 7], [8], [9, 10]], [[11], [12, 13, 14], [15, 16]]
+    batch = TokenBatch.from_ragged(prompts, responses, pad_id=0)
+    found = infer(handle, batch, ["logprobs", "scores"], token_budget, temperature=0.7)
+    with torch.no_grad():
+        for row in range(3):
+            alone = handle(batch.take([row]), {"logprobs", "scores"}, 0.7)
+            width = len(responses[row])
+            torch.testing.assert_close(
+                found["logprobs"][row, :width], alone.logprobs[0], rtol=0, atol=1e-12
+            )
+            assert not found["logprobs"][row, width:].any()
+            assert found["scores"][row] == pytest.approx(alone.scores[0].item(), abs=1e-12)
