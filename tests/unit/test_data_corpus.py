@@ -17,7 +17,7 @@ from pipeline.data.readers import Location, read_rows
 from pipeline.errors import DataError
 from pipeline.records import first_user_turn
 
-HH = Path(__file__).parents[3] / "shared" / "data" / "hh-harmless" / "test.jsonl.gz"
+HH = (Path(__file__).parents[3] / "shared/data/hh-harmless/test.jsonl.gz").resolve()
 
 
 def write(path, rows):
