@@ -24,7 +24,9 @@ from pydantic import (
 class Section(BaseModel):
     """Base of every section: immutable, strict about types, unknown keys refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 _FUNCTION = re.compile(r"(?P<where>.+\.py|[A-Za-z_][\w.]*):(?P<name>[A-Za-z_]\w*)")
@@ -168,7 +170,7 @@ class ModelSection(Section):
     architecture: ArchitectureSection = Field(
         ArchitectureSection(), description="The architecture, with `model.init: config`."
     )
-    vocabulary_size: PositiveInt = Field(
+    vocabulary_size: Annotated[int, Field(ge=258)] = Field(
         2048, description="Tokens of the BPE tokenizer trained with `model.init: config`."
     )
 

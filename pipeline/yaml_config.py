@@ -257,7 +257,7 @@ def _remedy(kinds: list[str], value: Any) -> str:
     if ("int_type" in kinds or "float_type" in kinds) and isinstance(value, str):
         number = _number(value.replace("_", ""))
         return f": write {number}" if number is not None else ""
-    if "int_type" in kinds and isinstance(value, float) and value == int(value):
+    if "int_type" in kinds and isinstance(value, float) and value.is_integer():
         return f": write {int(value)}"
     if ("tuple_type" in kinds or "list_type" in kinds) and not isinstance(value, dict | type(None)):
         return f": write [{value}]"

@@ -138,6 +138,8 @@ def _examine(
     try:
         if setting == "model.architecture":
             return Finding(setting, resource, _built(config))
+        if resource.endswith(".py"):
+            raise ModelError(f"{resource} names no function: write {resource}:NAME")
         if (reference := function_reference(resource)) is not None:
             return Finding(setting, resource, _function(*reference))
         folder = Path(resource)

@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import math
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -144,9 +145,11 @@ class FunctionReward:
                 completion_ids=[list(ids) for ids in completions.completion_ids],
                 **columns,
             )
-        except Exception as error:  # a user's function may raise anything
+        except (Exception, SystemExit) as error:  # a user's function may raise anything
+            line = traceback.extract_tb(error.__traceback__)[-1]
             raise TrainingError(
-                f"reward {self.reference} raised {type(error).__name__}: {error}"
+                f"reward {self.reference} raised {type(error).__name__}: {error} "
+                f"({Path(line.filename).name}, line {line.lineno})"
             ) from error
         return checked(self.name, scores, completions)
 
@@ -158,6 +161,8 @@ def open_reward(
 
     `token_budget` is that of a forward pass of a model of ours.
     """
+    if resource.endswith(".py"):
+        raise ConfigError(f"{resource} names no function: write {resource}:NAME")
     if function_reference(resource):
         return FunctionReward(resource)
     if find_artifact(resource, "reward") or (Path(resource) / "config.yaml").exists():
@@ -181,7 +186,7 @@ def load_function(reference: str) -> Callable[..., Any]:
         raise ConfigError(f"{reference}: there is no file {where} (looked up beside the config)")
     try:
         module = _run_file(where) if where.endswith(".py") else importlib.import_module(where)
-    except Exception as error:  # a user's file may raise anything
+    except (Exception, SystemExit) as error:  # a user's file may raise anything
         raise ConfigError(f"{where} cannot be imported: {type(error).__name__}: {error}") from error
     function = getattr(module, name, None)
     if not callable(function):

@@ -18,12 +18,12 @@ COLUMNS = {
     "score": ("reward", "{:+.3f}"),
     "score_std": ("std", "{:.3f}"),
     "gold": ("gold", "{:+.3f}"),
-    "kl": ("KL, nats", "{:.2f}"),
+    "kl": ("KL", "{:.2f}"),
     "length": ("tokens", "{:.1f}"),
     "eos_rate": ("ended", "{:.1%}"),
     "distinct_2": ("distinct-2", "{:.3f}"),
     "rouge_l": ("ROUGE-L", "{:.3f}"),
-    "n": ("prompts", "{:d}"),
+    "n": ("n", "{:d}"),
 }
 
 

@@ -74,7 +74,8 @@ def test_a_function_gets_conversations_as_messages(function_file):
         ("[1.0]", "returned 1 scores for 2 completions"),
         ("[1.0, float('nan')]", r"returned nan for 1 of 2 completions.*row 1: ' b'"),
         ("['good', 'bad']", "must return a list of numbers"),
-        ("1 / 0", "ZeroDivisionError: division by zero"),
+        ("1 / 0", r"ZeroDivisionError: division by zero \(judge\.py, line 2\)"),
+        ("exit(0)", r"raised SystemExit: 0"),
     ],
 )
 def test_a_function_that_fails_is_named_with_its_rows(function_file, returned, message):
@@ -116,6 +117,12 @@ def test_trls_own_reward_functions_work_by_module_name():
         FunctionReward("trl.rewards:no_such")
     with pytest.raises(ConfigError, match=r"no_such_module cannot be imported"):
         FunctionReward("no_such_module:score")
+
+
+def test_a_file_without_a_function_says_what_to_write(function_file):
+    path = function_file("").removesuffix(":score")
+    with pytest.raises(ConfigError, match=r"names no function: write .*judge\.py:NAME"):
+        open_reward(path, _Store(), ModelSection(path="x"), 100)
 
 
 def test_our_reward_model_reads_the_sampled_ids(make_handle):
