@@ -80,6 +80,15 @@ def _pad(
     )
 
 
+def pad_numbers(
+    rows: Sequence[Sequence[float]], dtype: torch.dtype, device: torch.device | str
+) -> Tensor:
+    """Numbers of response tokens, one list a row, as (B, R) with zeros on padding."""
+    width = max(len(row) for row in rows)
+    padded = [[*row, *([0.0] * (width - len(row)))] for row in rows]
+    return torch.tensor(padded, dtype=dtype, device=device)
+
+
 def micro_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
     """Row indices in micro-batches of at most `token_budget` tokens, padding counted.
 

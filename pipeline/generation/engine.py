@@ -9,16 +9,25 @@ from pipeline.models.trunk import Handle
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample. Temperature only: top-k and top-p would bias PPO's ratios.
+    """How to choose tokens.
 
     `seed` and `stream` (the PPO iteration, say) choose the noise; the row's sample index, the
-    position and the token do the rest.
+    position and the token do the rest. Rollouts of PPO use temperature only: `top_k`, `top_p` and
+    beams are for readers, for they would bias PPO's ratios.
     """
 
     max_new_tokens: int
     temperature: float = 1.0  # 0 is greedy
     seed: int = 0
     stream: int = 0
+    top_k: int = 0  # sample among the k most likely tokens; 0 takes all
+    top_p: float = 1.0  # sample among the likeliest tokens that together reach this probability
+    num_beams: int = 1  # beam search, if above 1
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether tokens are drawn from the whole distribution, one by one, or greedily."""
+        return self.top_k == 0 and self.top_p == 1.0 and self.num_beams == 1
 
 
 @dataclass
@@ -30,15 +39,20 @@ class Generations:
     """
 
     response_ids: list[list[int]] = field(default_factory=list)
-    logprobs: list[list[float]] = field(default_factory=list)
     ended: list[bool] = field(default_factory=list)
+    # A number a response token, each; None where the engine does not tell.
+    logprobs: list[list[float]] | None = None
+    entropy: list[list[float]] | None = None  # of the distribution the token was drawn from
+    values: list[list[float]] | None = None  # of the role's head, before the token
+    # Whether these numbers are the training forward's to float32 rounding: exact enough for ratios.
+    exact: bool = False
 
 
 class Engine(Protocol):
-    """Generates responses; PPO reads its promises to decide what to recompute."""
+    """Generates responses and says what it can promise."""
 
+    name: str
     deterministic: bool  # the same seed gives the same text, whatever the batch size
-    returns_logprobs: bool  # exact enough for ratios
 
     def generate(
         self,

@@ -28,8 +28,8 @@ class _Active:
 class NativeEngine:
     """Prompts sorted by length, decoded in batches of `max_rows`; finished rows leave the batch."""
 
+    name = "native"
     deterministic = True
-    returns_logprobs = True
 
     def __init__(self, max_rows: int = 128) -> None:
         self.max_rows = max_rows
@@ -48,8 +48,9 @@ class NativeEngine:
             TrainingError: the model's logits are not finite.
         """
         assert len(prompt_ids) == len(sample_indices)
+        assert sampling.is_plain, sampling
         count = len(prompt_ids)
-        out = Generations([[] for _ in range(count)], [[] for _ in range(count)], [False] * count)
+        out = Generations([[] for _ in range(count)], [False] * count, [[] for _ in range(count)])
         order = sorted(range(count), key=lambda row: (-len(prompt_ids[row]), row))
         for start in range(0, count, self.max_rows):
             rows = order[start : start + self.max_rows]
@@ -127,6 +128,7 @@ def _write(
     stop_ids: frozenset[int],
     out: Generations,
 ) -> None:
+    assert out.logprobs is not None
     for rows, tokens, logprobs, alive in history:
         columns = (rows.tolist(), tokens.tolist(), logprobs.tolist(), alive.tolist())
         for row, token, logprob, was_alive in zip(*columns, strict=True):

@@ -165,10 +165,14 @@ class Trunk(nn.Module):
         """Width of the hidden states that heads read (the output layer's input)."""
         return int(self.model.get_output_embeddings().weight.shape[1])
 
+    @property
+    def number_dtype(self) -> torch.dtype:
+        """Type of log-probs, values and scores: float32, or float64 on a float64 base."""
+        return torch.float64 if self.model.dtype == torch.float64 else torch.float32
+
     def add_head(self, name: str, head: ScalarHead | None = None) -> ScalarHead:
         """Give the trunk a head; a zero one in float32 (float64 on a float64 base) by default."""
-        dtype = torch.float64 if self.model.dtype == torch.float64 else torch.float32
-        head = head or ScalarHead(self.hidden_size, dtype)
+        head = head or ScalarHead(self.hidden_size, self.number_dtype)
         self.heads[name] = head.to(self.device)
         return head
 

@@ -43,6 +43,11 @@ class RolloutSection(Section):
     missing_eos_penalty: NonNegative = Field(
         1.0, description="Penalty of a response without an end, in units of the score."
     )
+    importance_cap: Positive | None = Field(
+        2.0,
+        description="Cap of the importance weights that correct for an engine whose log-probs are "
+        "not the training forward's (vLLM, bf16); null leaves the mismatch uncorrected.",
+    )
     generation_rows: PositiveInt = Field(
         128, description="Responses generated at a time.", json_schema_extra=NOT_IN_KEY
     )

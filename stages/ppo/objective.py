@@ -148,11 +148,13 @@ def policy_loss(
     mask_bt: Tensor,
     clip_range: float,
     dual_clip: float | None = None,
+    weights_bt: Tensor | None = None,
 ) -> PolicyLoss:
     """Clipped surrogate (PPO, eq. 7): sum of max(-A r, -A clip(r, 1 - eps, 1 + eps)).
 
     `dual_clip` c > 1 bounds it by -A c where A < 0 (Ye et al., eq. 5), for stale samples whose
-    ratio has exploded. The log-ratio is clamped to +-20 so that r stays finite.
+    ratio has exploded. The log-ratio is clamped to +-20 so that r stays finite. `weights_bt` are
+    importance weights of tokens that another engine sampled (see `importance_weights`).
     """
     difference_bt = (widen(logprobs_bt) - widen(old_logprobs_bt)).masked_fill(~mask_bt, 0.0)
     log_ratio_bt = difference_bt.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
@@ -167,6 +169,8 @@ def policy_loss(
         beyond_bt = (advantages_bt < 0) & (losses_bt > ceiling_bt)
         losses_bt = torch.where(beyond_bt, ceiling_bt, losses_bt)
         clipped_bt = clipped_bt | beyond_bt
+    if weights_bt is not None:
+        losses_bt = losses_bt * widen(weights_bt).masked_fill(~mask_bt, 0.0)
     log_ratio_bt, ratio_bt = log_ratio_bt.detach(), ratio_bt.detach()
     return PolicyLoss(
         loss=masked_sum(losses_bt, mask_bt),
@@ -175,6 +179,20 @@ def policy_loss(
         ratio=masked_sum(ratio_bt, mask_bt),
         ratio_max=ratio_bt.masked_fill(~mask_bt, 0.0).max(),
     )
+
+
+def importance_weights(
+    logprobs_bt: Tensor, sampler_logprobs_bt: Tensor, mask_bt: Tensor, cap: float
+) -> Tensor:
+    """min(pi(token) / mu(token), cap) (B, T), 0 outside the mask, without gradient.
+
+    `mu` is the policy as the engine that sampled computed it, `pi` the same weights in the training
+    forward: where kernels or number formats differ, so do the two. Truncated importance sampling
+    (Ionides 2008, doi:10.1198/106186008X320456) bounds the variance that the correction adds.
+    """
+    difference_bt = (widen(logprobs_bt) - widen(sampler_logprobs_bt)).detach()
+    ratio_bt = difference_bt.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    return ratio_bt.clamp(max=cap).masked_fill(~mask_bt, 0.0)
 
 
 class ValueLoss(NamedTuple):

@@ -1,7 +1,8 @@
 """Collecting rollouts: prompts in order, sampled responses, log-probs, values and scores.
 
-A rollout is ragged: ids and lengths, one row a response. Log-probs are recomputed by the trunk's
-own training forward, whatever the engine reports: the ratio at the first minibatch is then 1.
+A rollout is ragged: ids and lengths, one row a response. Log-probs, entropies and values that the
+engine has are used where they are the training forward's to float32 rounding; elsewhere the trunk
+computes them again, and the engine's log-probs give importance weights.
 """
 
 from collections.abc import Sequence
@@ -11,14 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.batches import TokenBatch
-from pipeline.generation import Engine, Sampling
+from pipeline.batches import TokenBatch, pad_numbers
+from pipeline.generation import Engine, Generations, Sampling
 from pipeline.inference import infer
 from pipeline.models.trunk import Handle
 from pipeline.records import Prompt
 from pipeline.rewards import Completions, RewardSource
 from stages.ppo.config import RolloutSection
-from stages.ppo.objective import final_scores
+from stages.ppo.objective import final_scores, importance_weights
 
 TRAINING_STREAM, HELD_OUT_STREAM = 0, 1
 
@@ -38,6 +39,7 @@ class Rollout:
     ref_logprobs: Tensor  # (B, R)
     entropy: Tensor  # (B, R)
     values: Tensor  # (B, R); zeros without a value model
+    importance: Tensor | None = None  # (B, R) weights where the engine's numbers were not exact
 
     @property
     def mask(self) -> Tensor:
@@ -117,25 +119,16 @@ def collect(
         seed=seed,
         stream=stream,
     )
-    sampled = engine.generate(policy, prompt_ids, list(sample_indices), sampling)
+    # A value head on the policy's own states is read along with the logits.
+    asked = value if value is not None and shares_trunk(policy, value) else policy
+    sampled = engine.generate(asked, prompt_ids, list(sample_indices), sampling)
     completions = Completions.decode(
         codec, prompts, prompt_ids, sampled.response_ids, sampled.ended
     )
     batch = TokenBatch.from_ragged(
         prompt_ids, sampled.response_ids, codec.pad_id, policy.trunk.device
     )
-    policy_wants = ["logprobs", "entropy"]
-    # A head on the policy's own trunk and adapter is read in the same pass.
-    shared = value is not None and shares_trunk(policy, value)
-    budget, temperature = section.micro_batch_tokens, section.temperature
-    if value is not None and shared:
-        own = infer(value, batch, [*policy_wants, "values"], budget, temperature)
-    else:
-        own = infer(policy, batch, policy_wants, budget, temperature)
-    if value is None:
-        own["values"] = torch.zeros_like(own["logprobs"])
-    elif not shared:
-        own |= infer(value, batch, ["values"], budget, temperature)
+    own = _own_numbers(policy, value, batch, sampled, section)
     ended = torch.tensor(sampled.ended, device=batch.response_ids.device)
     raw = rewards.score(completions)
     scores = torch.tensor(raw, dtype=own["logprobs"].dtype, device=ended.device)
@@ -149,9 +142,44 @@ def collect(
         rewards=final_scores(
             scores, ended, section.missing_eos, section.missing_eos_penalty, reward_clip
         ),
-        ref_logprobs=infer(reference, batch, ["logprobs"], budget, temperature)["logprobs"],
+        ref_logprobs=infer(
+            reference, batch, ["logprobs"], section.micro_batch_tokens, section.temperature
+        )["logprobs"],
         **own,
     )
+
+
+def _own_numbers(
+    policy: Handle,
+    value: Handle | None,
+    batch: TokenBatch,
+    sampled: Generations,
+    section: RolloutSection,
+) -> dict[str, Tensor]:
+    """logprobs, entropy, values (B, R), and importance weights where the engine was not exact."""
+    known = {"logprobs": sampled.logprobs, "entropy": sampled.entropy}
+    shared = value is not None and shares_trunk(policy, value)
+    if shared:
+        known["values"] = sampled.values
+    dtype, device = policy.trunk.number_dtype, batch.response_ids.device
+    own: dict[str, Tensor] = {}
+    if sampled.exact:
+        own = {k: pad_numbers(rows, dtype, device) for k, rows in known.items() if rows is not None}
+    missing = [name for name in known if name not in own]
+    budget, temperature = section.micro_batch_tokens, section.temperature
+    if missing:
+        asked = value if value is not None and shared else policy
+        own |= infer(asked, batch, missing, budget, temperature)
+    if value is None:
+        own["values"] = torch.zeros_like(own["logprobs"])
+    elif not shared:
+        own |= infer(value, batch, ["values"], budget, temperature)
+    if not sampled.exact and sampled.logprobs is not None and section.importance_cap is not None:
+        theirs = pad_numbers(sampled.logprobs, dtype, device)
+        own["importance"] = importance_weights(
+            own["logprobs"], theirs, batch.response_mask, section.importance_cap
+        )
+    return own
 
 
 def shares_trunk(policy: Handle, value: Handle) -> bool:

@@ -234,6 +234,7 @@ class Updater:
             mask,
             section.clip_range,
             section.dual_clip,
+            None if experience.rollout.importance is None else cut(experience.rollout.importance),
         )
         loss = loss + policy.loss
         entropy = zero
