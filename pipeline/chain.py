@@ -6,11 +6,11 @@ Work whose key (`keys.py`) is unchanged is never done twice, in this run or take
 
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -31,6 +31,9 @@ from pipeline.runfolder import (
 )
 from pipeline.stage import Context, Stage
 
+if TYPE_CHECKING:
+    from pipeline.models.footprint import Footprint
+
 
 @dataclass(frozen=True)
 class Planned:
@@ -42,7 +45,11 @@ class Planned:
 
 
 class Chain:
-    """Runs stages in order, each with the artifacts of those it needs."""
+    """Runs stages in order, each with the artifacts of those it needs.
+
+    `predict` says what a stage's models will cost in memory, from the config; None where nobody
+    asks or where the stage trains nothing.
+    """
 
     def __init__(
         self,
@@ -50,8 +57,10 @@ class Chain:
         stages: Sequence[Stage],
         console: Console,
         sources: Sequence[Path] = (),
+        predict: Callable[[Any, str], "Footprint | None"] | None = None,
     ) -> None:
         self.config = config
+        self.predict = predict
         self.stages = stages
         self.console = console
         self.sources = [RunFolder(path) for path in sources]
@@ -176,6 +185,7 @@ class Chain:
     # --- work ---
 
     def _execute(self, planned: Planned, plans: Mapping[str, Planned]) -> Mapping[str, Any]:
+        from pipeline.models import footprint
         from pipeline.tracking import Tracker
 
         stage = planned.stage
@@ -196,12 +206,18 @@ class Chain:
             tracker=tracker,
             console=self.console,
         )
+        if self.runtime.is_main and self.predict is not None:
+            predicted = self.predict(self.config, stage.name)
+            if predicted is not None:
+                footprint.record(own.memory_json, predicted=predicted)
         started = time.perf_counter()
         try:
             summary = stage.run(context)
         finally:
             tracker.close()
         seconds = time.perf_counter() - started
+        if self.runtime.is_main and own.memory_json.exists():
+            footprint.record(own.memory_json, peak=footprint.peaks())
         if self.runtime.is_main:
             write_manifest(
                 own.artifact,

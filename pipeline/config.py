@@ -8,7 +8,7 @@ Reading YAML, overrides and the wording of errors live in `pipeline.yaml_config`
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
     AfterValidator,
@@ -156,6 +156,11 @@ class ModelSection(Section):
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = Field(
         "float32", description="Type of the base model's weights in memory."
     )
+    quantization: Literal["none", "8bit", "4bit"] = Field(
+        "none",
+        description="Bits of a frozen base's linear layers in memory, by bitsandbytes (`pip "
+        "install 'rlhf-pipeline[quant]'`); needs `lora` in every stage.",
+    )
     attn_implementation: str | None = Field(
         None, description="Attention of transformers: eager, sdpa, flash_attention_2, ..."
     )
@@ -200,6 +205,49 @@ class LoraSection(Section):
     )
     use_rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) (rsLoRA).")
     use_dora: bool = Field(False, description="Weight-decomposed adapters (DoRA).")
+
+
+class VllmSection(Section):
+    """A vLLM server that samples rollouts (docs/vllm.md); it runs in an environment of its own."""
+
+    url: str = Field(
+        "http://127.0.0.1:8000",
+        pattern=r"^https?://[^/\s]+(/[^\s]*)?$",
+        description="Address of the server, without `/v1`.",
+    )
+    model: str | None = Field(
+        None,
+        description="Name under which the server lists the base model; unset, the base's own path.",
+    )
+    adapters: str | None = Field(
+        None,
+        description="Folder in which adapters are handed over, on a disk that the server reads "
+        "too; unset, `adapters/` in the stage's folder.",
+    )
+    adapters_on_server: str | None = Field(
+        None, description="The same folder as the server sees it, where it is mounted elsewhere."
+    )
+    api_key_env: str | None = Field(
+        None, description="Environment variable that holds the server's API key."
+    )
+    timeout_seconds: Positive = Field(600.0, description="Longest wait for one answer, in seconds.")
+    retries: NonNegativeInt = Field(
+        5, description="Attempts after a lost connection, a timeout or an error 429 or 5xx."
+    )
+
+
+# The values that vLLM's --max-lora-rank takes (vllm/config/lora.py, but for 1).
+VLLM_MAX_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+
+
+def vllm_refusals(rank: int, *, dora: bool) -> list[str]:
+    """Why vLLM would not load an adapter of this shape, with the remedy; empty if it would."""
+    faults = []
+    if rank > VLLM_MAX_RANKS[-1]:
+        faults.append(f"rank {rank} is above {VLLM_MAX_RANKS[-1]}: lower lora.rank")
+    if dora:
+        faults.append("it has no DoRA: set lora.use_dora to false")
+    return faults
 
 
 class SourceSection(Section):
@@ -307,9 +355,9 @@ class FitSection(Section):
     batch_size: PositiveInt = Field(
         32, description="Rows (demonstrations, rankings) an optimiser step, over all processes."
     )
-    micro_batch_tokens: PositiveInt = Field(
-        8192,
-        description="Most tokens, padding included, in one forward pass; sets memory, not results. "
+    micro_batch_tokens: PositiveInt | None = Field(
+        None,
+        description="Most tokens, padding included, in one forward pass; null suits the device. "
         "The responses of one ranking stay together even if they exceed it.",
         json_schema_extra=NOT_IN_KEY,
     )
@@ -338,3 +386,7 @@ class FitSection(Section):
         description="Optimiser steps between rows of metrics.",
         json_schema_extra=NOT_IN_KEY,
     )
+
+    def sized(self, micro_batch_tokens: int) -> Self:
+        """The same settings with micro-batches of this many tokens."""
+        return self.model_copy(update={"micro_batch_tokens": micro_batch_tokens})

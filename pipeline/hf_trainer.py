@@ -35,6 +35,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from pipeline.config import FitSection, RunSection
 from pipeline.errors import TrainingError
 from pipeline.fence import BestWeights, fenced
+from pipeline.models.footprint import Roles, measure_at_first_step
 from pipeline.progress import ProgressBar
 from pipeline.row_order import plan_steps
 from pipeline.rows import Rows, Step, StepDataset, share_or_filler
@@ -123,6 +124,7 @@ class PlannedTrainer(Trainer, ABC):
     ) -> None:
         self.rows = train
         self.held_out = held_out
+        assert section.micro_batch_tokens is not None  # see `FitSection.sized`
         self.token_budget = section.micro_batch_tokens
         self.plan = plan_steps(
             train.lengths, section.batch_size, section.epochs, run.seed, section.max_steps
@@ -327,6 +329,18 @@ def recomputing(model: Any, enabled: bool) -> Iterator[None]:
     finally:
         if enabled:
             model.activation_checkpointing_disable()
+
+
+class MeasuredMemory(TrainerCallback):
+    """Writes what a stage's roles cost in memory into its `memory.json`, at the first step."""
+
+    def __init__(self, roles: Roles, memory_json: Path) -> None:
+        self.roles, self.memory_json = roles, memory_json
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Wait for the first step: gradients and optimiser state come with it."""
+        if state.is_world_process_zero:
+            measure_at_first_step(kwargs["optimizer"], self.roles, self.memory_json)
 
 
 class _Progress(TrainerCallback):

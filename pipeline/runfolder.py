@@ -50,6 +50,11 @@ class StageFolder:
         return self.root / "metrics.jsonl"
 
     @property
+    def memory_json(self) -> Path:
+        """What each role costs in memory, predicted and measured."""
+        return self.root / "memory.json"
+
+    @property
     def checkpoints(self) -> Path:
         """Checkpoints `step-N`."""
         return self.root / "checkpoints"

@@ -6,9 +6,8 @@ on torch's meta device. Nothing is trained and nothing is written.
 
 import ast
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich import box
@@ -24,17 +23,15 @@ from pipeline.data.formats import Kind
 from pipeline.data.screen import data_table
 from pipeline.errors import ModelError, PipelineError
 from pipeline.models.adapters import adapter_parameters, add_adapter, lora_config
-from pipeline.models.loading import (
-    build_from_config,
-    explain_load_errors,
-    load_config,
-    torch_dtype,
-)
+from pipeline.models.empty import empty_decoder
+from pipeline.models.loading import explain_load_errors, quantised_loading
 from pipeline.models.store import find_artifact
 from pipeline.rewards.sources import load_function
 from pipeline.runfolder import RunFolder, verify
 from pipeline.stage import Stage
 from stages.config import RunConfig, check_needs
+from stages.memory import free_disk, predicted_files, predicted_footprint
+from stages.memory_screen import disk_table, memory_table
 
 OFFLINE = "not checked (offline)"
 _ADAPTER = "check"
@@ -67,6 +64,8 @@ def check_run(
     if "ppo" in names:
         console.print(_ppo_line(config), highlight=False)
     faults += [f"{f.setting}: {f.fault}" for f in findings if f.fault]
+    if _are_known(findings, offline):
+        faults += _print_costs(config, names, console)
     if faults:
         raise PipelineError("\n".join([f"{len(faults)} of the checks failed:", *faults]))
     skipped = [f"data.{kind}" for kind in remote]
@@ -190,40 +189,23 @@ def _artifact(folder: Path, stage: str) -> str:
 
 def _built(config: RunConfig) -> str:
     """The small model of `model.architecture`, built without memory. Raises ConfigError."""
-    section = config.model
-    with torch.device("meta"):
-        vocabulary: Any = _Vocabulary(section.vocabulary_size)
-        model = build_from_config(section.architecture, vocabulary, torch_dtype(section.dtype))
-    return f"random weights, {_size(model, config)}"
-
-
-class _Vocabulary:
-    """As much of a tokenizer as building a model from a config needs."""
-
-    eos_token_id, pad_token_id = 1, 0
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-
-    def __len__(self) -> int:
-        return self.size
+    return f"random weights, {_size(empty_decoder(config.model), config)}"
 
 
 def _decoder(path: str, config: RunConfig) -> str:
     """Config, tokenizer, limits and adapter targets of a causal model. Raises PipelineError."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     section = config.model
     revision = section.revision if path == section.path else None
-    shape = load_config(section, path, revision)
+    accelerated = config.run.device != "cpu" and torch.cuda.is_available()
+    quantised_loading(section, torch.device("cuda" if accelerated else "cpu"))
+    model = empty_decoder(section.model_copy(update={"quantization": "none"}), path)
+    shape = model.config
     _check_weights(Path(path))
-    with explain_load_errors(path, revision), torch.device("meta"):
-        code = section.trust_remote_code
+    with explain_load_errors(path, revision):
         tokenizer = AutoTokenizer.from_pretrained(
-            path, revision=revision or "main", trust_remote_code=code
-        )
-        model = AutoModelForCausalLM.from_config(
-            shape, dtype=torch_dtype(section.dtype), trust_remote_code=code
+            path, revision=revision or "main", trust_remote_code=section.trust_remote_code
         )
     text = shape.get_text_config()
     config.check_positions(path, shape)
@@ -303,6 +285,34 @@ def _models_table(findings: Sequence[Finding]) -> Table:
         found = "[red]see below[/red]" if finding.fault else escape(finding.facts)
         table.add_row(finding.setting, escape(finding.resource), found)
     return table
+
+
+def _are_known(findings: Sequence[Finding], offline: bool) -> bool:
+    """Whether the models of a run can be looked at; the base of an adapter may be on the Hub."""
+    if any(f.fault or f.facts == OFFLINE for f in findings):
+        return False
+    named = [f for f in findings if f.setting.startswith("ppo.")]
+    return not offline or all(function_reference(f.resource) for f in named)
+
+
+def _print_costs(config: RunConfig, stages: Sequence[str], console: Console) -> Iterator[str]:
+    """Memory by stage and role, and the disk that weight files take; yields what is wrong."""
+    try:
+        footprints = {stage: predicted_footprint(config, stage) for stage in stages}
+        files = [astuple(file) for file in predicted_files(config, stages)]
+    except PipelineError as error:
+        yield f"memory and disk cannot be predicted: {error}"
+        return
+    entries = {
+        stage: {"predicted": {role: asdict(cost) for role, cost in footprint.items()}}
+        for stage, footprint in footprints.items()
+        if footprint
+    }
+    if (table := memory_table(entries)) is not None:
+        console.print(table)
+    if files:
+        folder = Path(config.run.folder)
+        console.print(disk_table(files, free_disk(folder), str(folder)))
 
 
 def _ppo_line(config: RunConfig) -> str:

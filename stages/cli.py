@@ -237,11 +237,12 @@ def _run_chain(config: "RunConfig", sources: list[Path] | None, only: str | None
     """Run the stage of the verb `only`, or the chain to its results."""
     from pipeline.chain import Chain
     from stages.config import check_needs
+    from stages.memory import predicted_footprint
 
     stages = needed_stages(config, RESULTS if only is None else (only,))
     check_needs(config, [stage.name for stage in stages])
     console = _console()
-    chain = Chain(config, stages, console, sources or ())
+    chain = Chain(config, stages, console, sources or (), predicted_footprint)
     chain.run(only=None if only is None else stages[-1].name)
     console.print(f"Look at the run with: rlhf show {chain.folder.root}", highlight=False)
 

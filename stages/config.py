@@ -9,7 +9,14 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from pipeline.config import DataSection, LoraSection, ModelSection, RunSection, Section
+from pipeline.config import (
+    DataSection,
+    LoraSection,
+    ModelSection,
+    RunSection,
+    Section,
+    vllm_refusals,
+)
 from pipeline.errors import ConfigError, ModelError
 from stages.evaluation.config import EvaluationSection
 from stages.export.config import ExportSection
@@ -56,6 +63,41 @@ class RunConfig(Section):
                 "run.mixed_precision is bf16 but model.dtype is float16: "
                 "set model.dtype to float32 or bfloat16"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _vllm_can_load_the_adapters(self) -> "RunConfig":
+        if self.ppo.rollout.engine != "vllm":
+            return self
+        faults = vllm_refusals(self.lora.rank, dora=self.lora.use_dora)
+        if faults:
+            raise ValueError(
+                f"ppo.rollout.engine is vllm, which cannot load the run's adapters: "
+                f"{'; '.join(faults)} (section lora), or set ppo.rollout.engine to native"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _quantised_bases_are_frozen(self) -> "RunConfig":
+        name = self.model.quantization
+        if name == "none":
+            return self
+        if self.model.init == "config":
+            raise ValueError(
+                f"model.quantization is {name} but model.init is config, whose random weights are "
+                "trained in full: set model.quantization to none or load a base (model.path)"
+            )
+        if self.model.dtype == "float64":
+            raise ValueError(
+                f"model.quantization is {name} but model.dtype is float64, which bitsandbytes does "
+                "not compute in: set model.dtype to float32 or bfloat16"
+            )
+        for stage in ("sft", "reward", "ppo"):
+            if getattr(self, stage).tuning == "full":
+                raise ValueError(
+                    f"model.quantization is {name} but {stage}.tuning is full, which trains the "
+                    f"base's own weights: set {stage}.tuning to lora or model.quantization to none"
+                )
         return self
 
     @model_validator(mode="after")

@@ -20,6 +20,7 @@ from pipeline.runfolder import Manifest, RunFolder, StageFolder, read_json
 from stages import STAGES
 from stages.config import RunConfig
 from stages.evaluation.report import print_report
+from stages.memory_screen import memory_table
 
 STYLE_OF_STATE = {
     "finished": "green",
@@ -58,6 +59,8 @@ def show_run(root: Path, console: Console) -> None:
     config = yaml_core.load(yaml_core.read_text(run.config_yaml), str(run.config_yaml)).data or {}
     console.print(_heading(root, config), highlight=False)
     console.print(_stages_table(root, stage_states(run, config)))
+    if (costs := memory_table(_costs(run))) is not None:
+        console.print(costs)
     if run.data_json.is_file():
         console.print(data_table(read_json(run.data_json)))
     metrics = run.stage("evaluation").root / "metrics.json"
@@ -209,6 +212,13 @@ def _bytes(size: float) -> str:
             return f"{size:.0f} {unit}"
         size /= 1000
     return f"{size:.1f} GB"
+
+
+def _costs(run: RunFolder) -> dict[str, Any]:
+    """The `memory.json` of every stage that has one."""
+    names = [target.split(".")[1] for target in STAGES.values()]
+    paths = {name: run.stage(name).memory_json for name in names}
+    return {name: read_json(path) for name, path in paths.items() if path.is_file()}
 
 
 def _show_evaluation(path: Path, console: Console) -> None:

@@ -1,7 +1,13 @@
-"""The built-in engine: batched decoding with a key-value cache, on any decoder of transformers."""
+"""The built-in engine: continuous batching with a key-value cache of its own.
 
+Prompts are taken longest first, so that rows of a batch are of like length. A response that ends
+leaves at once; when enough have left, waiting prompts take their places. Linear layers see no
+padding but that between the prompts of one prefill; logits are made where a token is sampled.
+"""
+
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -9,30 +15,24 @@ from torch import Tensor
 from pipeline.errors import TrainingError
 from pipeline.generation.engine import Generations, Sampling
 from pipeline.generation.noise import gumbel, row_keys
-from pipeline.models.trunk import DecodeStep, Handle
-from pipeline.tensors import widen
+from pipeline.models.trunk import DecodeOutput, DecodeStep, Handle
+from pipeline.tensors import entropy, widen
 
-
-@dataclass
-class _Active:
-    """The rows that are still being written, as tensors of A rows."""
-
-    rows: Tensor  # (A,) places in the call's order
-    keys: Tensor  # (A,)
-    mask: Tensor  # (A, T)
-    positions: Tensor  # (A,) of the next input token
-    tokens: Tensor  # (A,) the next input token
-    done: Tensor  # (A,)
+# Columns beyond the longest row, as a share of it: moving the rows back is rare.
+SLACK = 0.5
+# Prompts wait until this share of the rows is free: prefills of single prompts are slow.
+FREE_SHARE = 0.125
 
 
 class NativeEngine:
-    """Prompts sorted by length, decoded in batches of `max_rows`; finished rows leave the batch."""
+    """Up to `max_rows` responses at a time; prefills of up to `prefill_tokens`, padding counted."""
 
     name = "native"
     deterministic = True
 
-    def __init__(self, max_rows: int = 128) -> None:
+    def __init__(self, max_rows: int = 128, prefill_tokens: int | None = None) -> None:
         self.max_rows = max_rows
+        self.prefill_tokens = prefill_tokens
 
     @torch.no_grad()
     def generate(
@@ -42,116 +42,184 @@ class NativeEngine:
         sample_indices: Sequence[int],
         sampling: Sampling,
     ) -> Generations:
-        """See `Engine`.
+        """See `Engine`; `values` are given where the handle's role has a head.
 
         Raises:
             TrainingError: the model's logits are not finite.
         """
         assert len(prompt_ids) == len(sample_indices)
         assert sampling.is_plain, sampling
-        count = len(prompt_ids)
-        out = Generations([[] for _ in range(count)], [False] * count, [[] for _ in range(count)])
-        order = sorted(range(count), key=lambda row: (-len(prompt_ids[row]), row))
-        for start in range(0, count, self.max_rows):
-            rows = order[start : start + self.max_rows]
-            self._generate_batch(handle, prompt_ids, sample_indices, sampling, rows, out)
-        return out
+        budget = handle.trunk.token_budget(self.prefill_tokens)
+        writing = _Writing(handle, prompt_ids, sample_indices, sampling, self.max_rows, budget)
+        while writing.waiting or writing.rows:
+            if writing.has_room:
+                writing.join()
+            else:
+                writing.step()
+        return writing.out
 
-    def _generate_batch(
-        self,
-        handle: Handle,
-        prompt_ids: Sequence[Sequence[int]],
-        sample_indices: Sequence[int],
-        sampling: Sampling,
-        rows: list[int],
-        out: Generations,
-    ) -> None:
-        device = handle.trunk.device
-        ids, mask = _left_pad([prompt_ids[row] for row in rows], handle.codec.pad_id, device)
-        indices = torch.tensor([sample_indices[row] for row in rows], device=device)
-        lengths = mask.sum(1)
-        stops = torch.tensor(sorted(handle.codec.stop_ids), device=device)
-        step = DecodeStep(ids, mask, (mask.cumsum(1) - 1).clamp(min=0))
-        active = _Active(
-            rows=torch.tensor(rows, device=device),
-            keys=row_keys(sampling.seed, sampling.stream, indices),
-            mask=mask,
-            positions=lengths,
-            tokens=lengths,
-            done=torch.zeros(len(rows), dtype=torch.bool, device=device),
+
+@dataclass
+class _Row:
+    """A response that is being written."""
+
+    number: int  # its place in the call
+    start: int  # column of its first prompt token
+    length: int  # tokens so far, prompt included; the newest has not been through the model
+
+
+@dataclass
+class _Writing:
+    """One call: the responses so far, the prompts that wait, and the rows in the cache."""
+
+    handle: Handle
+    prompt_ids: Sequence[Sequence[int]]
+    sample_indices: Sequence[int]
+    sampling: Sampling
+    max_rows: int
+    prefill_tokens: int
+    rows: list[_Row] = field(default_factory=list)  # in the order of their slots
+
+    def __post_init__(self) -> None:
+        from pipeline.generation.slots import SlotCache
+
+        count = len(self.prompt_ids)
+        lengths = [len(ids) for ids in self.prompt_ids]
+        self.waiting = deque(sorted(range(count), key=lambda row: (-lengths[row], row)))
+        self.max_rows = min(self.max_rows, count)
+        self.device = self.handle.trunk.device
+        model = self.handle.trunk.model
+        longest = max(lengths, default=0) + self.sampling.max_new_tokens
+        layers: int = model.config.get_text_config().num_hidden_layers
+        self.cache = SlotCache(layers, self.max_rows, int(longest * (1 + SLACK)) + 1)
+        # Tokens and noise keys of the rows, in the order of their slots.
+        self.tokens = torch.empty(0, dtype=torch.long, device=self.device)
+        self.keys = torch.empty(0, dtype=torch.long, device=self.device)
+        self.stop_ids = self.handle.codec.stop_ids
+        has_head = self.handle.role.head is not None
+        self.out = Generations(
+            response_ids=[[] for _ in range(count)],
+            ended=[False] * count,
+            logprobs=[[] for _ in range(count)],
+            entropy=[[] for _ in range(count)],
+            values=[[] for _ in range(count)] if has_head else None,
+            exact=self.handle.trunk.is_exact,
         )
-        # Tokens stay on the device until the batch is done: no synchronisation a token but one.
-        history: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-        for position in range(sampling.max_new_tokens):
-            result = handle.decode(step)
-            tokens, logprobs = _sample(result.logits, active.keys, position, sampling)
-            history.append((active.rows, tokens, logprobs, ~active.done))
-            active.tokens = tokens
-            active.done = active.done | torch.isin(tokens, stops)
-            left = int((~active.done).sum())
-            if left == 0 or position + 1 == sampling.max_new_tokens:
-                break
-            if left <= 0.75 * len(active.rows):
-                keep = (~active.done).nonzero().squeeze(1)
-                result.cache.batch_select_indices(keep)
-                active = _select(active, keep)
-            one = torch.ones(len(active.rows), 1, dtype=active.mask.dtype, device=device)
-            active.mask = torch.cat([active.mask, one], dim=1)
-            step = DecodeStep(
-                active.tokens.unsqueeze(1),
-                active.mask,
-                active.positions.unsqueeze(1),
-                result.cache,
-            )
-            active.positions = active.positions + 1
-        _write(history, handle.codec.stop_ids, out)
 
+    @property
+    def has_room(self) -> bool:
+        """Whether prompts wait and enough rows are free for them."""
+        free = self.max_rows - len(self.rows)
+        return bool(self.waiting) and free >= min(
+            len(self.waiting), max(1, int(self.max_rows * FREE_SHARE))
+        )
 
-def _sample(
-    logits: Tensor, keys: Tensor, position: int, sampling: Sampling
-) -> tuple[Tensor, Tensor]:
-    """Tokens (A,) and their log-probs (A,) from logits (A, V)."""
-    logits = widen(logits)
-    if sampling.temperature > 0:
-        logits = logits / sampling.temperature
-        positions = torch.full_like(keys, position)
-        noisy = logits + gumbel(keys, positions, logits.shape[1], logits.dtype)
-    else:
-        noisy = logits
-    tokens = noisy.argmax(-1)
-    logprobs = logits.gather(1, tokens.unsqueeze(1)).squeeze(1) - logits.logsumexp(-1)
-    return tokens, logprobs
+    def join(self) -> None:
+        """Read as many waiting prompts as fit and sample the first token of each."""
+        cache = self.cache
+        width = len(self.prompt_ids[self.waiting[0]])
+        count = min(
+            self.max_rows - len(self.rows),
+            len(self.waiting),
+            max(1, self.prefill_tokens // width),
+        )
+        numbers = [self.waiting.popleft() for _ in range(count)]
+        if not self.rows:
+            cache.start = cache.stop = width  # nobody is being written: begin afresh
+        prompts = [list(self.prompt_ids[number]) for number in numbers]
+        ids, mask, positions = _left_pad(prompts, width, self.device)
+        cache.joining = count
+        result = self.handle.decode(DecodeStep(ids, positions, mask, cache))
+        cache.joined()
+        indices = torch.tensor([self.sample_indices[n] for n in numbers], device=self.device)
+        keys = row_keys(self.sampling.seed, self.sampling.stream, indices)
+        new = [
+            _Row(number, cache.stop - len(prompt), len(prompt))
+            for number, prompt in zip(numbers, prompts, strict=True)
+        ]
+        tokens = self._choose(new, keys, result)
+        self.rows += new
+        cache.start = min(row.start for row in self.rows)
+        self.tokens, self.keys = torch.cat([self.tokens, tokens]), torch.cat([self.keys, keys])
+        self._leave()
 
+    def step(self) -> None:
+        """Sample the next token of every row."""
+        cache = self.cache
+        if cache.stop == cache.capacity:
+            distance = cache.shift()
+            for row in self.rows:
+                row.start -= distance
+        starts = torch.tensor([row.start for row in self.rows], device=self.device)
+        mask = None
+        if any(row.start != cache.start for row in self.rows):
+            columns = torch.arange(cache.start, cache.stop + 1, device=self.device)
+            mask = columns >= starts.unsqueeze(1)  # (A, T)
+        positions = (cache.stop - starts).unsqueeze(1)
+        result = self.handle.decode(DecodeStep(self.tokens.unsqueeze(1), positions, mask, cache))
+        cache.stop += 1
+        self.tokens = self._choose(self.rows, self.keys, result)
+        self._leave()
 
-def _write(
-    history: list[tuple[Tensor, Tensor, Tensor, Tensor]],
-    stop_ids: frozenset[int],
-    out: Generations,
-) -> None:
-    assert out.logprobs is not None
-    for rows, tokens, logprobs, alive in history:
-        columns = (rows.tolist(), tokens.tolist(), logprobs.tolist(), alive.tolist())
-        for row, token, logprob, was_alive in zip(*columns, strict=True):
-            if not was_alive:
-                continue
+    def _choose(self, rows: Sequence[_Row], keys: Tensor, result: DecodeOutput) -> Tensor:
+        """Next tokens (A,) of `rows`; writes them, and their numbers, into the responses."""
+        logits = widen(result.logits)
+        if self.sampling.temperature > 0:
+            logits = logits / self.sampling.temperature
+            written = [len(self.out.response_ids[row.number]) for row in rows]
+            places = torch.tensor(written, device=self.device)
+            noise = gumbel(keys, places, logits.shape[1], logits.dtype)
+            tokens = noise.add_(logits).argmax(-1)
+        else:
+            tokens = logits.argmax(-1)
+        chosen = logits.gather(1, tokens.unsqueeze(1)).squeeze(1)
+        numbers = [tokens, chosen - logits.logsumexp(-1), entropy(logits)]
+        if result.values is not None:
+            numbers.append(result.values)
+        # One transfer a step; a float64 holds every token id.
+        self._write(rows, torch.stack([x.double() for x in numbers]).tolist())
+        return tokens
+
+    def _write(self, rows: Sequence[_Row], numbers: list[list[float]]) -> None:
+        out = self.out
+        assert out.logprobs is not None and out.entropy is not None
+        for place, row in enumerate(rows):
+            token, logprob = int(numbers[0][place]), numbers[1][place]
             if logprob != logprob:
                 raise TrainingError(
                     f"the model's logits are not finite at response token "
-                    f"{len(out.response_ids[row])} of row {row}: its weights have diverged"
+                    f"{len(out.response_ids[row.number])} of row {row.number}: "
+                    "its weights have diverged"
                 )
-            out.response_ids[row].append(token)
-            out.logprobs[row].append(logprob)
-            out.ended[row] = token in stop_ids
+            row.length += 1
+            out.response_ids[row.number].append(token)
+            out.logprobs[row.number].append(logprob)
+            out.entropy[row.number].append(numbers[2][place])
+            if out.values is not None:
+                out.values[row.number].append(numbers[3][place])
+            out.ended[row.number] = token in self.stop_ids
 
-
-def _select(active: _Active, keep: Tensor) -> _Active:
-    return _Active(**{name: value[keep] for name, value in vars(active).items()})
+    def _leave(self) -> None:
+        """Let finished rows go, and drop the columns that no row needs any more."""
+        limit, out = self.sampling.max_new_tokens, self.out
+        alive = [
+            slot
+            for slot, row in enumerate(self.rows)
+            if not out.ended[row.number] and len(out.response_ids[row.number]) < limit
+        ]
+        if len(alive) < len(self.rows):
+            order = self.cache.leave(alive)
+            self.rows = [self.rows[slot] for slot in order]
+            self.tokens, self.keys = self.tokens[order], self.keys[order]
+        self.cache.start = min((row.start for row in self.rows), default=self.cache.stop)
 
 
 def _left_pad(
-    rows: Sequence[Sequence[int]], pad_id: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    width = max(len(row) for row in rows)
-    ids = [[pad_id] * (width - len(row)) + list(row) for row in rows]
-    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+    prompts: Sequence[list[int]], width: int, device: torch.device
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Ids, mask (None if nothing is padded) and positions of prompts, (B, width) each."""
+    ids = torch.tensor([[0] * (width - len(ids)) + ids for ids in prompts], device=device)
+    starts = torch.tensor([width - len(ids) for ids in prompts], device=device).unsqueeze(1)
+    positions = torch.arange(width, device=device) - starts
+    is_even = all(len(ids) == width for ids in prompts)
+    return ids, None if is_even else positions >= 0, positions.clamp(min=0)

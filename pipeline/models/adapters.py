@@ -49,6 +49,8 @@ def add_adapter(model: Any, name: str, config: "LoraConfig") -> None:
     """
     from peft import inject_adapter_in_model
 
+    from pipeline.models.lean_lora import slim
+
     existing: dict[str, LoraConfig] = dict(getattr(model, "peft_config", {}))
     assert name not in existing, f"adapter {name} exists already"
     if existing:
@@ -62,6 +64,7 @@ def add_adapter(model: Any, name: str, config: "LoraConfig") -> None:
             f"{type(model).__name__}: {error}"
         ) from error
     model.peft_config = {**existing, name: config}
+    slim(model)
     for key, parameter in model.named_parameters():
         if is_of(key, name):
             # A frozen bf16 base keeps fp32 adapters: Adam's small steps vanish in bf16.

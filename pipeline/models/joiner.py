@@ -47,9 +47,13 @@ class DecoderJoiner:
             positions < prompt_lengths, positions, positions - prompt_lengths + prompt_width
         )
         ids = both.gather(1, source.clamp(0, both.shape[1] - 1)).masked_fill(~mask, 0)
-        inputs = {"input_ids": ids, "attention_mask": mask.long()}
-        if self.takes_positions:
-            inputs["position_ids"] = positions.clamp(min=0).masked_fill(~mask, 0)
+        inputs = {"input_ids": ids}
+        # Padding on the right lies behind every real token: causal attention never sees it, and
+        # without a mask the kernels that skip half of the work apply.
+        if self.padding_side == "left":
+            inputs["attention_mask"] = mask.long()
+            if self.takes_positions:
+                inputs["position_ids"] = positions.clamp(min=0).masked_fill(~mask, 0)
         response_columns = torch.arange(batch.response_ids.shape[1], device=device)
         first = prompt_lengths + shift - 1  # (B, 1): the prompt's last token predicts token 0
         predictors = (first + response_columns).clamp(max=width - 1)

@@ -2,6 +2,7 @@
 
 import hashlib
 import inspect
+import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,16 +24,24 @@ def torch_dtype(name: str) -> torch.dtype:
     return dtype
 
 
-def load_pretrained(section: ModelSection, path: str, revision: str | None) -> tuple[Any, Any]:
+def load_pretrained(
+    section: ModelSection, path: str, revision: str | None, device: torch.device
+) -> tuple[Any, Any]:
     """A decoder and its tokenizer from a Hub id or a local folder.
 
+    A quantised one (`model.quantization`) lies on `device`; others lie in main memory.
+
     Raises:
-        ModelError: missing, gated, unsafe (pickled weights) or of an architecture that PPO cannot
-            train; says what to do.
+        ModelError: missing, gated, unsafe (pickled weights), of an architecture that PPO cannot
+            train, or not to be quantised here; says what to do.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    options = {"revision": revision or "main", "trust_remote_code": section.trust_remote_code}
+    options: dict[str, Any] = {
+        "revision": revision or "main",
+        "trust_remote_code": section.trust_remote_code,
+    }
+    placed = quantised_loading(section, device)
     with explain_load_errors(path, revision), without_bars():
         config = load_config(section, path, revision)
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
@@ -43,8 +52,78 @@ def load_pretrained(section: ModelSection, path: str, revision: str | None) -> t
             attn_implementation=section.attn_implementation,
             use_safetensors=True,
             **options,
+            **placed,
         )
+    layers: Iterable[Any] = model.modules()
+    for layer in layers:
+        # With AVX512-BF16, bitsandbytes rewrites a 4-bit layer at its first pass without gradient:
+        # its scales lose bits, and no gradient goes through it afterwards, without a word.
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
+    fuse_activations(model)
     return model, tokenizer
+
+
+def fuse_activations(model: Any) -> None:
+    """Put torch's one kernel in the place of transformers' GELU of nine operations (`gelu_new`).
+
+    It is the same function to rounding; nine tensors of the widest layer less are kept for the
+    backward pass.
+    """
+    from transformers.activations import NewGELUActivation
+
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is NewGELUActivation:
+                setattr(module, name, torch.nn.GELU(approximate="tanh"))
+
+
+def quantised_loading(section: ModelSection, device: torch.device) -> dict[str, Any]:
+    """transformers' arguments for `model.quantization`: none without one.
+
+    4 bits are NF4 with quantised scales (QLoRA, arXiv:2305.14314), computed in `model.dtype`, or in
+    that of autocast; 8 bits are LLM.int8() (arXiv:2208.07339), computed in float16, where outliers
+    of one row change the rounding of those that are computed with it.
+
+    Raises:
+        ModelError: bitsandbytes is missing, or has nothing for this device.
+    """
+    name = section.quantization
+    if name == "none":
+        return {}
+    try:
+        import bitsandbytes
+    except (ImportError, OSError, RuntimeError) as error:  # also a library that does not load
+        raise ModelError(
+            f"model.quantization is {name}, which needs the bitsandbytes package "
+            f"({type(error).__name__}: {error}): pip install 'rlhf-pipeline[quant]', or set "
+            "model.quantization to none"
+        ) from error
+    # Where its library has no kernels for the platform, the import still goes through.
+    supported = {str(kind) for kind in getattr(bitsandbytes, "supported_torch_devices", ())}
+    if device.type not in supported:
+        raise ModelError(
+            f"model.quantization is {name}, but bitsandbytes {bitsandbytes.__version__} computes "
+            f"on {', '.join(sorted(supported)) or 'no device'} and not on {device.type}: set "
+            "run.device to cpu, or model.quantization to none"
+        )
+    from transformers import BitsAndBytesConfig
+
+    # It says at every layer of every forward that 8 bits are computed in float16.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    settings = BitsAndBytesConfig(
+        load_in_8bit=name == "8bit",
+        load_in_4bit=name == "4bit",
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch_dtype(section.dtype),
+    )
+    return {"quantization_config": settings, "device_map": {"": str(device)}}
+
+
+def is_quantised(model: Any) -> bool:
+    """Whether the model's linear layers hold numbers of 4 or 8 bits."""
+    return bool(getattr(model, "is_quantized", False))
 
 
 def load_config(section: ModelSection, path: str, revision: str | None) -> Any:
@@ -93,7 +172,9 @@ def build_from_config(section: ArchitectureSection, tokenizer: Any, dtype: torch
         **fields,
     )
     try:
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        fuse_activations(model)
+        return model
     except (ValueError, RuntimeError, AssertionError) as error:
         raise ConfigError(f"model.architecture cannot be built: {error}") from error
 
@@ -167,15 +248,15 @@ _CONVERT = (
 @contextmanager
 def without_bars() -> Iterator[None]:
     """Keep transformers' bars over weight files off the screen (downloads show their own)."""
-    from transformers.utils import logging
+    from transformers.utils import logging as screen
 
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    shown = screen.is_progress_bar_enabled()
+    screen.disable_progress_bar()
     try:
         yield
     finally:
         if shown:
-            logging.enable_progress_bar()
+            screen.enable_progress_bar()
 
 
 @contextmanager

@@ -97,13 +97,23 @@ class ModelStore:
     # --- roles ---
 
     def fork(self, handle: Handle, name: str) -> Handle:
-        """The same model in memory of its own: what full fine-tuning trains."""
-        source = handle.trunk
-        trunk = Trunk(copy.deepcopy(source.model), source.origin).to(self.device)
-        for head_name, head in source.heads.items():
-            trunk.heads[head_name] = copy.deepcopy(head)
+        """The same role in memory of its own, without the source's other adapters and heads."""
+        source, role = handle.trunk, handle.role
+        model = copy.deepcopy(source.model)
+        for other in adapters.adapter_names(model) - {role.adapter}:
+            adapters.remove_adapter(model, other)
+        if role.adapter is None:
+            _unwrap(model)
+        trunk = Trunk(model, source.origin).to(self.device)
+        if role.head is not None:
+            trunk.heads[role.head] = copy.deepcopy(source.heads[role.head])
         trunk.freeze()
-        return Handle(trunk, replace(handle.role, name=name), handle.codec)
+        return Handle(trunk, replace(role, name=name), handle.codec)
+
+    def forget(self, trunk: Trunk) -> None:
+        """Let go of a trunk: whoever asks for its base or artifacts has them loaded again."""
+        self._trunks = {key: kept for key, kept in self._trunks.items() if kept is not trunk}
+        self._live = {key: kept for key, kept in self._live.items() if kept.trunk is not trunk}
 
     def trainable_copy(
         self, source: Handle, name: str, tuning: Tuning, lora: LoraSection
@@ -112,8 +122,17 @@ class ModelStore:
 
         `lora` adds an adapter to the shared base: a copy of the source's, or a fresh one. `full`
         copies all weights; an adapter of the source is merged into the copy.
+
+        Raises:
+            ModelError: all weights of a quantised base cannot be trained, nor merged into.
         """
         if tuning == "full":
+            if loading.is_quantised(source.trunk.model):
+                raise ModelError(
+                    f"model.quantization is {self.section.quantization}, which only a frozen base "
+                    f"can be: {name} would get weights of its own. Set tuning to lora, or "
+                    "model.quantization to none."
+                )
             copied = self.fork(source, name)
             if source.role.adapter is not None:
                 adapters.bake(copied.trunk.model, source.role.adapter)
@@ -211,7 +230,7 @@ class ModelStore:
         if identity in self._trunks:
             trunk = self._trunks[identity]
             return trunk, trunk.tokenizer
-        model, tokenizer = loading.load_pretrained(self.section, path, revision)
+        model, tokenizer = loading.load_pretrained(self.section, path, revision, self.device)
         # A branch of the Hub moves; what was trained on it belongs to the commit that it was at.
         commit = None if Path(path).is_dir() else loading.cached_commit(path, revision)
         origin = BaseOrigin(path, identity, revision)
@@ -286,6 +305,18 @@ def load_head(path: Path) -> ScalarHead:
     head = ScalarHead(state["weight"].numel(), state["weight"].dtype)
     head.load_state_dict(state)
     return head
+
+
+def _unwrap(model: Any) -> None:
+    """Take the layers of adapters that were removed off, so that others can be added anew."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for path, layer in list(model.named_modules()):
+        if isinstance(layer, BaseTunerLayer):
+            parent, _, child = path.rpartition(".")
+            setattr(model.get_submodule(parent), child, layer.get_base_layer())
+    if hasattr(model, "peft_config"):
+        del model.peft_config
 
 
 def _free_name(name: str, taken: set[str]) -> str:

@@ -27,7 +27,7 @@ from pipeline.rewards.source import Completions, RewardSource
 class ModelReward:
     """A reward model of ours: reads the sampled ids, so that nothing is decoded and encoded."""
 
-    def __init__(self, handle: Handle, token_budget: int = 8192) -> None:
+    def __init__(self, handle: Handle, token_budget: int | None = None) -> None:
         self.handle = handle
         self.name = handle.role.name
         self.token_budget = token_budget
@@ -155,7 +155,7 @@ class FunctionReward:
 
 
 def open_reward(
-    resource: str, store: ModelStore, section: ModelSection, token_budget: int
+    resource: str, store: ModelStore, section: ModelSection, token_budget: int | None
 ) -> RewardSource:
     """The reward source that a user names: a function, a run or artifact of ours, a classifier.
 

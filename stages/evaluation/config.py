@@ -1,6 +1,8 @@
 """Settings of the evaluation: what the trained policies are measured on, and by whom."""
 
-from pydantic import Field
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
 
 from pipeline.config import (
     NOT_IN_KEY,
@@ -10,6 +12,24 @@ from pipeline.config import (
     Resource,
     Section,
 )
+
+
+class DecodingSection(Section):
+    """What decodes the answers, beyond `evaluation.temperature` (0 is greedy)."""
+
+    top_k: NonNegativeInt = Field(
+        0, description="Sampling draws among the k most likely tokens; 0 takes all."
+    )
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0,
+        description="Sampling draws among the likeliest tokens that together have this "
+        "probability; 1 takes all.",
+    )
+    num_beams: PositiveInt = Field(
+        1,
+        description="Beams of a beam search, which takes the place of sampling and turns "
+        "best-of-n off; 1 is no search.",
+    )
 
 
 class EvaluationSection(Section):
@@ -25,6 +45,9 @@ class EvaluationSection(Section):
         1.0,
         description="Sampling temperature of every policy; 0 is greedy, which leaves best-of-n "
         "nothing to choose from and turns it off.",
+    )
+    decoding: DecodingSection = Field(
+        DecodingSection(), description="Truncated sampling or beam search."
     )
     seed_stream: NonNegativeInt = Field(
         0,
@@ -51,8 +74,39 @@ class EvaluationSection(Section):
     generation_rows: PositiveInt = Field(
         128, description="Responses generated at a time.", json_schema_extra=NOT_IN_KEY
     )
-    micro_batch_tokens: PositiveInt = Field(
-        16384,
-        description="Tokens, padding included, of one scoring forward pass.",
+    micro_batch_tokens: PositiveInt | None = Field(
+        None,
+        description="Tokens, padding included, of one scoring forward pass; null suits the device.",
         json_schema_extra=NOT_IN_KEY,
     )
+
+    @property
+    def method(self) -> Literal["sample", "greedy", "beam"]:
+        """How the answers come about."""
+        if self.decoding.num_beams > 1:
+            return "beam"
+        return "greedy" if self.temperature == 0 else "sample"
+
+    @model_validator(mode="after")
+    def _decoding_is_of_one_kind(self) -> "EvaluationSection":
+        decoding = self.decoding
+        beams = decoding.num_beams
+        if beams > 1 and self.temperature != 1:
+            raise ValueError(
+                f"evaluation.decoding.num_beams is {beams} but evaluation.temperature is "
+                f"{self.temperature:g}, and a beam search draws nothing: set num_beams to 1 to "
+                "sample, or temperature to 1 to search"
+            )
+        for name, value, off in (("top_k", decoding.top_k, 0), ("top_p", decoding.top_p, 1)):
+            if value == off or self.method == "sample":
+                continue
+            setting = (
+                f"evaluation.decoding.num_beams is {beams}, a beam search"
+                if beams > 1
+                else "evaluation.temperature is 0, which is greedy"
+            )
+            raise ValueError(
+                f"evaluation.decoding.{name} is {value:g} but {setting}, and only sampling is "
+                f"truncated: leave {name} at {off}, or set num_beams to 1 and temperature above 0"
+            )
+        return self

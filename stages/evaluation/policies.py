@@ -8,7 +8,7 @@ from typing import Any
 from pipeline.batches import TokenBatch
 from pipeline.codec import Codec
 from pipeline.errors import ConfigError
-from pipeline.generation import Engine, Sampling
+from pipeline.generation import LocalEngine, Sampling
 from pipeline.inference import infer
 from pipeline.models.trunk import Handle
 from pipeline.records import Prompt
@@ -21,7 +21,8 @@ from stages.evaluation.config import EvaluationSection
 class Answers:
     """One policy's responses to the N held-out prompts, with their scores.
 
-    `kl` is the policy's KL from the SFT policy in nats a response.
+    `kl` is the policy's KL from the SFT policy in nats a response; where the responses are not
+    drawn from the whole distribution, it is no more than their mean log-ratio.
     """
 
     response_ids: list[list[int]]
@@ -76,7 +77,6 @@ class Panel:
         section: EvaluationSection,
         prompts: Sequence[Prompt],
         codec: Codec,
-        engine: Engine,
         seed: int,
         rewards: RewardSource,
         gold: RewardSource | None,
@@ -84,7 +84,6 @@ class Panel:
         self.section = section
         self.prompts = list(prompts)
         self.codec = codec
-        self.engine = engine
         self.rewards = rewards
         self.gold = gold
         self.prompt_ids = [codec.prompt_ids(prompt.prompt) for prompt in self.prompts]
@@ -93,6 +92,9 @@ class Panel:
             temperature=section.temperature,
             seed=seed,
             stream=section.seed_stream,
+            top_k=section.decoding.top_k,
+            top_p=section.decoding.top_p,
+            num_beams=section.decoding.num_beams,
         )
         self.references = _references(self.prompts, section.reference_column)
 
@@ -119,9 +121,8 @@ class Panel:
     def _draw(self, policy: Handle, n: int) -> Completions:
         """n responses to each prompt; response j to prompt i stands in row i + j * N."""
         prompt_ids = self.prompt_ids * n
-        drawn = self.engine.generate(
-            policy, prompt_ids, list(range(len(prompt_ids))), self.sampling
-        )
+        engine = LocalEngine(self.section.generation_rows)
+        drawn = engine.generate(policy, prompt_ids, list(range(len(prompt_ids))), self.sampling)
         return Completions.decode(
             self.codec, self.prompts * n, prompt_ids, drawn.response_ids, drawn.ended
         )
@@ -150,7 +151,7 @@ class Panel:
 
 
 def logprobs(
-    handle: Handle, drawn: Completions, temperature: float, token_budget: int
+    handle: Handle, drawn: Completions, temperature: float, token_budget: int | None
 ) -> list[list[float]]:
     """Log-probability of each token of each response under `handle`, in nats."""
     batch = TokenBatch.from_ragged(drawn.prompt_ids, drawn.completion_ids, handle.codec.pad_id)

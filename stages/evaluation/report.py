@@ -86,7 +86,8 @@ def limits(metrics: dict[str, Any]) -> list[str]:
     found = [
         "One run with one seed: the intervals cover the choice of prompts and the sampling noise, "
         "not the spread between training runs.",
-        "All policies meet the same prompts and the same sampling noise"
+        "All policies meet the same prompts"
+        + (" and the same sampling noise" if about["decoding"]["method"] == "sample" else "")
         + (
             ", so the first candidate of best-of-n is the SFT policy's own response."
             if "best_of_n" in policies
@@ -118,11 +119,7 @@ def limits(metrics: dict[str, Any]) -> list[str]:
             "PPO's policy was chosen by its reward on some of these prompts, for lack of others, "
             "which favours it a little."
         )
-    if about["temperature"] == 0:
-        found.append(
-            "Responses are greedy, so kl is the log-ratio of the most likely responses, "
-            "not an estimate of the KL, and best-of-n has nothing to choose from."
-        )
+    found += _decoding_limits(about)
     if "best_of_n" in policies and "ppo" in policies:
         ppo_kl, other = policies["ppo"]["kl"], policies["best_of_n"]["kl"]
         n = about["best_of_n"]
@@ -141,6 +138,39 @@ def limits(metrics: dict[str, Any]) -> list[str]:
             "form log n - (n - 1) / n, an upper bound where scores tie."
         )
     return found + _symptoms(policies)
+
+
+def _decoding_limits(about: dict[str, Any]) -> list[str]:
+    """What KL and best-of-n mean where responses are not drawn from the whole distribution."""
+    decoding = about["decoding"]
+    if decoding["method"] != "sample":
+        kind = "greedy" if decoding["method"] == "greedy" else "found by a beam search"
+        return [
+            f"Responses are {kind}, so kl is the log-ratio of the most likely responses, "
+            "not an estimate of the KL, and best-of-n has nothing to choose from."
+        ]
+    if decoding["top_k"] or decoding["top_p"] < 1:
+        return [
+            "Responses are drawn from truncated distributions (top-k, top-p) and kl is the mean "
+            "log-ratio of the whole ones at these responses: it is not the KL of what was drawn, "
+            "and an n of best-of-n that was chosen by it is not at equal KL."
+        ]
+    return []
+
+
+def decoding_words(about: dict[str, Any]) -> str:
+    """How the responses came about, in a few words."""
+    decoding = about["decoding"]
+    if decoding["method"] == "beam":
+        return f"beam search of {decoding['num_beams']}"
+    if decoding["method"] == "greedy":
+        return "greedy"
+    parts = [f"temperature {about['temperature']:g}"]
+    if decoding["top_k"]:
+        parts.append(f"top-k {decoding['top_k']}")
+    if decoding["top_p"] < 1:
+        parts.append(f"top-p {decoding['top_p']:g}")
+    return ", ".join(parts)
 
 
 def _symptoms(policies: dict[str, dict[str, Any]]) -> list[str]:
@@ -167,7 +197,7 @@ def markdown(metrics: dict[str, Any]) -> str:
     header, rows = policy_rows(metrics)
     about = metrics["about"]
     sampling = (
-        f"{about['prompts']} held-out prompts, temperature {about['temperature']:g}, at most "
+        f"{about['prompts']} held-out prompts, {decoding_words(about)}, at most "
         f"{about['max_new_tokens']} new tokens, seed {about['seed']}, rewards: {about['rewards']}."
     )
     seconds = ", ".join(f"{stage} {value:.1f}" for stage, value in metrics["seconds"].items())

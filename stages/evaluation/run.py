@@ -25,7 +25,6 @@ from typing import Any
 
 from pipeline.codec import PROMPTS_CUT, Codec
 from pipeline.errors import DataError, TrainingError
-from pipeline.generation import NativeEngine
 from pipeline.models.trunk import Handle
 from pipeline.records import Prompt, Ranking
 from pipeline.rewards import Completions, FunctionReward, ModelReward, RewardSource, open_reward
@@ -77,7 +76,6 @@ class EvaluationStage:
             config.evaluation,
             _held_out(context),
             sft.codec,
-            NativeEngine(config.evaluation.generation_rows),
             context.runtime.seed(self.name),
             self._rewards(context),
             gold,
@@ -149,6 +147,7 @@ class EvaluationStage:
             "prompts": len(panel.prompts),
             "prompts_wanted": section.prompts,
             "temperature": section.temperature,
+            "decoding": {"method": section.method, **section.decoding.model_dump()},
             "max_new_tokens": section.max_new_tokens,
             "rewards": panel.rewards.name,
             "gold": panel.gold and panel.gold.name,
@@ -212,7 +211,7 @@ def _answers(
         answers["sft"] = panel.answer(sft, sft)
     with context.console.status("PPO answers"):
         answers["ppo"] = panel.answer(ppo, sft)
-    if not section.best_of_n or section.temperature == 0:
+    if not section.best_of_n or section.method != "sample":  # nothing to choose from
         return answers, None
     n = nearest_n(answers["ppo"].kl, section.max_n)
     with context.console.status(f"best of {n} answers"):

@@ -26,8 +26,8 @@ from typing import Any
 from pipeline.config import resource_path
 from pipeline.errors import ModelError
 from pipeline.models import adapters
-from pipeline.models.loading import without_bars
-from pipeline.models.store import HANDLE
+from pipeline.models.loading import is_quantised, without_bars
+from pipeline.models.store import HANDLE, ModelStore
 from pipeline.models.trunk import Handle
 from pipeline.runfolder import (
     file_hash,
@@ -104,11 +104,17 @@ class ExportStage:
 def write_merged(policy: Handle, context: Context, folder: Path) -> None:
     """Write the policy as one plain transformers model; the handle's own weights stay untouched.
 
+    An adapter that was trained on a quantised base is merged into the base as it is on disk.
+
     Raises:
         ModelError: merging would untie embeddings that the architecture ties.
     """
     if policy.role.adapter is not None:
         _refuse_untying(policy.trunk.model)
+        if is_quantised(policy.trunk.model):
+            section = context.config.model.model_copy(update={"quantization": "none"})
+            plain = ModelStore(section, context.config.data)
+            policy = plain.open(context.parents["ppo"])
         policy = context.store.trainable_copy(policy, "merged", "full", context.config.lora)
     with without_bars(), writing(folder):
         policy.trunk.model.save_pretrained(

@@ -19,6 +19,7 @@ from pipeline.config import (
     Resource,
     Section,
     Tuning,
+    VllmSection,
 )
 
 DEFAULT_LEARNING_RATE = {"full": 3e-6, "lora": 3e-5}
@@ -51,9 +52,18 @@ class RolloutSection(Section):
     generation_rows: PositiveInt = Field(
         128, description="Responses generated at a time.", json_schema_extra=NOT_IN_KEY
     )
-    micro_batch_tokens: PositiveInt = Field(
-        16384,
-        description="Tokens, padding included, of a forward pass that needs no gradient.",
+    micro_batch_tokens: PositiveInt | None = Field(
+        None,
+        description="Tokens, padding included, of a forward pass that needs no gradient; null "
+        "suits the device.",
+        json_schema_extra=NOT_IN_KEY,
+    )
+    engine: Literal["native", "vllm"] = Field(
+        "native", description="What samples: this program, or a vLLM server (`tuning: lora` only)."
+    )
+    vllm: VllmSection = Field(
+        VllmSection(),
+        description="The server, with `engine: vllm`.",
         json_schema_extra=NOT_IN_KEY,
     )
 
@@ -61,6 +71,25 @@ class RolloutSection(Section):
     def num_rollouts(self) -> int:
         """Responses of one iteration."""
         return self.prompts_per_iteration * self.responses_per_prompt
+
+
+class ReferenceSection(Section):
+    """Where the frozen start policy of full fine-tuning lies; an adapter's is the shared base."""
+
+    device: str = Field(
+        "auto",
+        pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$",
+        description="`auto` is the policy's device; `cpu` or another `cuda:N` make room there.",
+        json_schema_extra=NOT_IN_KEY,
+    )
+    dtype: Literal["float32", "bfloat16"] | None = Field(
+        None, description="Type of its weights; null is `model.dtype`."
+    )
+
+    @property
+    def is_set(self) -> bool:
+        """Whether the reference is to lie elsewhere, or in another type, than the start."""
+        return self.device != "auto" or self.dtype is not None
 
 
 class KlSection(Section):
@@ -111,9 +140,15 @@ class PpoOptimSection(OptimSection):
     minibatches: PositiveInt = Field(
         1, description="Optimiser steps a pass: the rollouts are divided into this many parts."
     )
-    micro_batch_tokens: PositiveInt = Field(
-        8192,
-        description="Tokens, padding included, of one forward and backward pass.",
+    micro_batch_tokens: PositiveInt | None = Field(
+        None,
+        description="Tokens, padding included, of one forward and backward pass; null suits the "
+        "device. Halved where memory runs out.",
+        json_schema_extra=NOT_IN_KEY,
+    )
+    gradient_checkpointing: bool = Field(
+        False,
+        description="Recompute activations in the backward pass: less memory, slower.",
         json_schema_extra=NOT_IN_KEY,
     )
     clip_range: Positive = Field(0.2, description="Clip range of the probability ratio.")
@@ -208,6 +243,9 @@ class PpoSection(Section):
         "missing-EOS rule), or the last.",
     )
     rollout: RolloutSection = Field(RolloutSection(), description="Sampling.")
+    reference: ReferenceSection = Field(
+        ReferenceSection(), description="Device and type of the reference, with `tuning: full`."
+    )
     kl: KlSection = Field(KlSection(), description="KL control.")
     advantage: AdvantageSection = Field(AdvantageSection(), description="Advantages.")
     optim: PpoOptimSection = Field(PpoOptimSection(), description="Objective and optimiser.")
@@ -243,12 +281,33 @@ class PpoSection(Section):
         return self
 
     @model_validator(mode="after")
+    def _vllm_takes_adapters_only(self) -> "PpoSection":
+        if self.rollout.engine == "vllm" and self.tuning != "lora":
+            raise ValueError(
+                f"ppo.rollout.engine = vllm needs ppo.tuning = lora, not {self.tuning}: an adapter "
+                "can be handed to the server, all weights of a model cannot. Set ppo.tuning to "
+                "lora or ppo.rollout.engine to native"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _warmup_leaves_iterations(self) -> "PpoSection":
         warmup = self.optim.value_warmup_iterations
         if warmup >= self.iterations:
             raise ValueError(
                 f"ppo.optim.value_warmup_iterations = {warmup} leaves none of ppo.iterations = "
                 f"{self.iterations} to train the policy: lower it or raise ppo.iterations"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_shared_reference_stays_where_it_is(self) -> "PpoSection":
+        if self.tuning == "lora" and self.reference.is_set:
+            asked = "device" if self.reference.device != "auto" else "dtype"
+            raise ValueError(
+                f"ppo.reference.{asked} is {getattr(self.reference, asked)} but ppo.tuning is "
+                "lora, whose reference is the policy's own base and costs no memory; a reference "
+                "elsewhere would be a second base: remove ppo.reference or set ppo.tuning to full"
             )
         return self
 

@@ -52,10 +52,13 @@ def appraise(
     return Experience(rollout, advantages, returns, explained)
 
 
-def rollout_metrics(rollout: Rollout, kl: KlSection, all_sum: AllSum) -> dict[str, float]:
+def rollout_metrics(
+    rollout: Rollout, kl: KlSection, all_sum: AllSum, importance_cap: float | None = None
+) -> dict[str, float]:
     """Means over all processes' responses and response tokens, never over padding.
 
     `kl` is the mean k1 sum of a response, in nats: what the controller steers and the penalty sees.
+    The mean of importance weights, where there are any, is 1 but for chance and the cap.
     """
     mask = rollout.mask
     k1 = kl_estimate(rollout.logprobs, rollout.ref_logprobs, "k1")
@@ -78,6 +81,7 @@ def rollout_metrics(rollout: Rollout, kl: KlSection, all_sum: AllSum) -> dict[st
     k1_sum, logged_sum, entropy_sum, reward_sum, ended, tokens = totals
     responses = float(scores[0])
     return {
+        **_importance_metrics(rollout, all_sum, importance_cap),
         "score": score,
         "score_std": score_variance**0.5,
         "reward": reward_sum / responses,
@@ -88,3 +92,20 @@ def rollout_metrics(rollout: Rollout, kl: KlSection, all_sum: AllSum) -> dict[st
         "eos_rate": ended / responses,
         "responses": responses,
     }
+
+
+def _importance_metrics(rollout: Rollout, all_sum: AllSum, cap: float | None) -> dict[str, float]:
+    if rollout.importance is None or cap is None:
+        return {}
+    mask = rollout.mask
+    capped = (rollout.importance >= cap) & mask
+    total = all_sum(
+        torch.stack(
+            [
+                masked_sum(rollout.importance.double(), mask),
+                capped.sum().double(),
+                mask.sum().double(),
+            ]
+        )
+    ).tolist()
+    return {"importance_mean": total[0] / total[2], "importance_capped": total[1] / total[2]}

@@ -6,19 +6,33 @@
 | full | own weights, from the start's | the start, frozen | own weights, from the reward's |
 
 With `ppo.value: shared` the value is a head on the policy's hidden states. Without a reward model
-of ours the value model starts from the policy's start with a zero head.
+of ours the value model starts from the policy's start with a zero head. With full fine-tuning the
+reference may lie on another device or in another type (`ppo.reference`).
 """
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
+from torch import nn
+
+from pipeline.batches import TokenBatch
 from pipeline.errors import ModelError
 from pipeline.models import adapters
+from pipeline.models.footprint import Roles
 from pipeline.models.heads import ScalarHead
+from pipeline.models.loading import torch_dtype
 from pipeline.models.store import ModelStore
-from pipeline.models.trunk import Handle
-from pipeline.rewards import ModelReward, RewardSource, open_reward
+from pipeline.models.trunk import Handle, Trunk, TrunkOutput
+from pipeline.rewards import (
+    ModelReward,
+    RewardSource,
+    SequenceClassificationReward,
+    open_reward,
+)
 from pipeline.stage import Context
+from stages.ppo.config import ReferenceSection
 
 
 @dataclass(frozen=True)
@@ -29,6 +43,19 @@ class Models:
     reference: Handle
     value: Handle
     value_from_reward: bool  # otherwise its head is zero and wants a warm-up
+
+    def roles(self, rewards: RewardSource | None) -> Roles:
+        """Every model in memory by its role; a function as a reward is none."""
+        found: dict[str, Handle | nn.Module] = {
+            "policy": self.policy,
+            "value": self.value,
+            "reference": self.reference,
+        }
+        if isinstance(rewards, ModelReward):
+            found["reward"] = rewards.handle
+        elif isinstance(rewards, SequenceClassificationReward):
+            found["reward"] = rewards.model
+        return found
 
     def release_value(self) -> None:
         """Take the value model off trunks that live on."""
@@ -86,12 +113,82 @@ def build_models(start: Handle, rewards: RewardSource, config: Any, store: Model
     """
     section, lora = config.ppo, config.lora
     policy = store.trainable_copy(start, "policy", section.tuning, lora)
-    reference = start.with_role("reference")
-    if section.value == "shared":
-        return Models(policy, reference, _with_head(policy, None), value_from_reward=False)
     source = rewards.handle if isinstance(rewards, ModelReward) else None
-    value = store.trainable_copy(source or start, "value", section.tuning, lora)
-    return Models(policy, reference, _with_head(value, source), value_from_reward=bool(source))
+    if section.value == "shared":
+        value, from_reward = _with_head(policy, None), False
+    else:
+        copied = store.trainable_copy(source or start, "value", section.tuning, lora)
+        value, from_reward = _with_head(copied, source), source is not None
+    # Last: all that starts from the start's weights has them by now.
+    reference = start.with_role("reference")
+    if section.reference.is_set:
+        is_shared = source is not None and source.trunk is start.trunk
+        reference = _placed(reference, section.reference, store, is_shared=is_shared)
+    return Models(policy, reference, value, value_from_reward=from_reward)
+
+
+@dataclass(frozen=True)
+class PlacedReference(Handle):
+    """A reference elsewhere, or in another type; its numbers come back to where the policy is."""
+
+    home: torch.device
+    dtype: torch.dtype  # of the policy's numbers
+
+    def __call__(
+        self, batch: TokenBatch, want: Collection[str], temperature: float = 1.0
+    ) -> TrunkOutput:
+        """See `Handle.__call__`."""
+        out = super().__call__(batch, want, temperature)
+        found = {field.name: getattr(out, field.name) for field in fields(out)}
+        moved = {k: x.to(self.home, self.dtype) for k, x in found.items() if x is not None}
+        return TrunkOutput(**moved)
+
+
+def _placed(
+    reference: Handle, section: ReferenceSection, store: ModelStore, *, is_shared: bool
+) -> Handle:
+    """The reference on the device and in the type of `section`.
+
+    A trunk that the reward model stands on too is copied; one of the reference's own moves, and the
+    store forgets it, so that a later stage loads the same model as it was.
+
+    Raises:
+        ModelError: there is no such device.
+    """
+    own = reference.trunk.model.dtype
+    home, numbers = reference.trunk.device, reference.trunk.number_dtype
+    dtype = torch_dtype(section.dtype) if section.dtype else own
+    # A model without memory (`rlhf check`) stays without.
+    is_real = home.type != "meta"
+    device = _device(section.device) if is_real and section.device != "auto" else home
+    if is_real and (device, dtype) == (home, own):
+        return reference
+    if is_shared:
+        reference = store.fork(reference, "reference")
+    else:
+        store.forget(reference.trunk)
+    _move(reference.trunk, device, dtype)
+    return PlacedReference(reference.trunk, reference.role, reference.codec, home, numbers)
+
+
+def _device(name: str) -> torch.device:
+    device = torch.device(name)
+    if device.type != "cuda":
+        return device
+    if (device.index or 0) >= torch.cuda.device_count():
+        raise ModelError(
+            f"ppo.reference.device is {name} but this machine has {torch.cuda.device_count()} CUDA "
+            "devices: set it to auto, cpu or one that is there"
+        )
+    return device if device.index is not None else torch.device("cuda:0")
+
+
+def _move(trunk: Trunk, device: torch.device, dtype: torch.dtype) -> None:
+    """Move a trunk. Only its weights change their type: rotary frequencies want float32."""
+    for parameter in trunk.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    trunk.to(device)
 
 
 def _with_head(handle: Handle, reward: Handle | None) -> Handle:
@@ -105,5 +202,7 @@ def _with_head(handle: Handle, reward: Handle | None) -> Handle:
         assert reward.role.head is not None
         head = reward.trunk.heads[reward.role.head]
         assert isinstance(head, ScalarHead)
+        if trunk is not reward.trunk:  # a copy of the reward model, head and all
+            del trunk.heads[reward.role.head]
         trunk.add_head(name, head.folded())
     return handle.with_role(handle.role.name, head=name)

@@ -16,7 +16,8 @@ from functools import cache
 from typing import Any
 
 from pipeline.errors import DataError, TrainingError
-from pipeline.generation import NativeEngine
+from pipeline.generation import close_engine, open_engine
+from pipeline.models.footprint import measure_at_first_step
 from pipeline.models.store import find_artifact
 from pipeline.models.trunk import Handle
 from pipeline.progress import ProgressBar
@@ -89,7 +90,13 @@ class Training:
         # New adapters start at random. Opening may draw numbers too (from files) or not (live).
         runtime.seed_all("ppo")
         self.models = build_models(start, self.rewards, context.config, context.store)
-        self.engine = NativeEngine(section.rollout.generation_rows)
+        self.engine = open_engine(
+            section.rollout.engine,
+            section.rollout.generation_rows,
+            section.rollout.vllm,
+            context.folder.root,
+            runtime,
+        )
         self.order = PromptOrder(prompts.train, runtime.seed("prompts"))
         self.prompt_ids = cache(self.models.policy.codec.prompt_ids)
         self.cuts = self._tokenise_prompts()
@@ -101,6 +108,9 @@ class Training:
             temperature=section.rollout.temperature,
             demonstrations=self._demonstrations(),
         )
+        if runtime.is_main:
+            roles = self.models.roles(self.rewards)
+            measure_at_first_step(self.updater.optimiser, roles, context.folder.memory_json)
         self.kl: KlController = FixedKl(section.kl_coef)
         if section.kl.controller == "adaptive":
             self.kl = AdaptiveKl(section.kl_coef, section.kl.target, section.kl.horizon)
@@ -130,6 +140,8 @@ class Training:
             raise TrainingError(
                 f"{str(error).rstrip('.')}. {self.checkpoints.best_so_far}"
             ) from error
+        finally:
+            close_engine(self.engine)
 
     def iterate(self) -> Summary:
         """Collect, appraise, update, log; evaluate now and then; stop if the policy diverges."""
@@ -171,7 +183,12 @@ class Training:
     def update(self, experience: Experience, iteration: int) -> dict[str, float]:
         """One update of policy and value, or of the value alone while it warms up."""
         warm = self.is_warm(experience, iteration)
-        metrics = rollout_metrics(experience.rollout, self.section.kl, self.runtime.all_sum)
+        metrics = rollout_metrics(
+            experience.rollout,
+            self.section.kl,
+            self.runtime.all_sum,
+            self.section.rollout.importance_cap,
+        )
         metrics["explained_variance"] = experience.explained_variance
         metrics["kl_coef"] = self.kl.coef
         steps = self.updater.update(experience, iteration, train_policy=warm)

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from pipeline.batches import TokenBatch, micro_batches
 from pipeline.distributed import Runtime
 from pipeline.errors import TrainingError
-from pipeline.models.trunk import Handle, TrunkOutput
+from pipeline.models.trunk import Handle, Trunk, TrunkOutput
+from pipeline.out_of_memory import halving
 from pipeline.tensors import masked_sum
 from stages.ppo.config import PpoOptimSection
 from stages.ppo.controllers import schedule_factor
@@ -49,13 +50,15 @@ class ActorCritic(nn.Module):
         super().__init__()
         self.policy, self.value = policy, value
         self.shared = shares_trunk(policy, value)
-        # Registered once each, so that wrappers and optimisers see every weight once.
-        trunks = {id(handle.trunk): handle.trunk for handle in (policy, value)}
-        self.trunks = nn.ModuleList(trunks.values())
-        for trunk in trunks.values():
+        self.trunks = nn.ModuleList(self.distinct_trunks())
+        for trunk in self.distinct_trunks():
             trunk.freeze()
         for parameter in (*self.policy_parameters(), *self.value_parameters()):
             parameter.requires_grad_(True)
+
+    def distinct_trunks(self) -> list[Trunk]:
+        """One or two trunks, each once: wrappers and optimisers see every weight once."""
+        return list({id(h.trunk): h.trunk for h in (self.policy, self.value)}.values())
 
     def policy_parameters(self) -> list[nn.Parameter]:
         """The policy's adapter, or all its weights."""
@@ -112,7 +115,12 @@ class Updater:
         self.temperature = temperature
         self.demonstrations = demonstrations
         self.pad_id = actor_critic.policy.codec.pad_id
-        self.device = actor_critic.policy.trunk.device
+        trunk = actor_critic.policy.trunk
+        self.device = trunk.device
+        # Tokens of a micro-batch; halved where memory runs out.
+        self.micro_batch_tokens = trunk.token_budget(section.micro_batch_tokens)
+        for trunk in actor_critic.distinct_trunks():
+            trunk.recompute = section.gradient_checkpointing
         self.groups = {
             "policy": actor_critic.policy_parameters(),
             "value": actor_critic.value_parameters(),
@@ -129,6 +137,7 @@ class Updater:
             betas=(section.adam_beta1, section.adam_beta2),
             eps=section.adam_eps,
             weight_decay=section.weight_decay,
+            fused=True,
         )
         self.module, self.optimiser = runtime.prepare(actor_critic, optimiser)
 
@@ -148,14 +157,15 @@ class Updater:
         for epoch in range(self.section.ppo_epochs):
             for number, rows in enumerate(self._minibatches(experience, iteration, epoch)):
                 place = f"iteration {iteration}, epoch {epoch}, minibatch {number}"
-                tokens, sums, ratio_max = self._accumulate(experience, rows, train_policy, place)
+                drawn = self._draw_demonstrations(len(rows), iteration, epoch, number)
+                tokens, sums, ratio_max = self._gradients(
+                    experience, rows, drawn if train_policy else None, train_policy, place
+                )
                 approx_kl = sums["approx_kl"] / tokens
                 target = self.section.target_kl
                 if target is not None and approx_kl > target:
                     self.optimiser.zero_grad()
                     return [*steps, Step(tokens, sums, ratio_max, {})]
-                if train_policy and self.demonstrations:
-                    self._accumulate_demonstrations(len(rows), iteration, epoch, number)
                 norms = self._step(train_policy, place)
                 steps.append(Step(tokens, sums, ratio_max, norms))
         return steps
@@ -181,6 +191,42 @@ class Updater:
         for part in np.array_split(random.permutation(indices), self.section.minibatches):
             yield [local[index] for index in part.tolist() if index in local]
 
+    def _gradients(
+        self,
+        experience: Experience,
+        rows: list[int],
+        demonstrations: TokenBatch | None,
+        train_policy: bool,
+        place: str,
+    ) -> tuple[float, dict[str, float], float]:
+        """Gradients of one step, in smaller micro-batches if memory runs out: the same step.
+
+        Returns what `_accumulate` returns.
+        """
+
+        def attempt(tokens: int) -> tuple[float, dict[str, float], float]:
+            self.micro_batch_tokens = tokens
+            found = self._accumulate(experience, rows, train_policy, place)
+            if demonstrations is not None:
+                self._accumulate_demonstrations(demonstrations)
+            return found
+
+        remedy = (
+            f"ppo: {place} does not fit. Lower ppo.optim.micro_batch_tokens "
+            f"({self.micro_batch_tokens}), set ppo.optim.gradient_checkpointing to true, or "
+            "shorten data.max_prompt_tokens or ppo.rollout.max_new_tokens"
+        )
+        # One process of several cannot repeat a step alone: the others would wait for ever.
+        smallest = self.micro_batch_tokens
+        if self.runtime.world_size == 1:
+            # Below its longest row a smaller budget changes nothing.
+            lengths = experience.rollout.batch.lengths
+            smallest = min(smallest, max(lengths[row] for row in rows))
+        found, _ = halving(
+            attempt, self.micro_batch_tokens, smallest, remedy, undo=self.optimiser.zero_grad
+        )
+        return found
+
     def _accumulate(
         self, experience: Experience, rows: list[int], train_policy: bool, place: str
     ) -> tuple[float, dict[str, float], float]:
@@ -188,7 +234,7 @@ class Updater:
         lengths = experience.rollout.batch.lengths
         local_tokens = experience.rollout.batch.response_lengths[rows].sum()
         tokens = float(self.runtime.all_sum(local_tokens))
-        parts = micro_batches([lengths[row] for row in rows], self.section.micro_batch_tokens)
+        parts = micro_batches([lengths[row] for row in rows], self.micro_batch_tokens)
         measured: list[Tensor] = []
         for number, part in enumerate(parts):
             chosen = [rows[position] for position in part]
@@ -245,16 +291,20 @@ class Updater:
         sums += [policy.approx_kl, policy.ratio, policy.ratio_max]
         return loss, torch.stack([item.detach().double() for item in sums])
 
-    def _accumulate_demonstrations(
+    def _draw_demonstrations(
         self, count: int, iteration: int, epoch: int, number: int
-    ) -> None:
-        """Gradients of ptx_coef x mean NLL of `count` drawn demonstrations (InstructGPT, eq. 2)."""
+    ) -> TokenBatch | None:
+        if not self.demonstrations:
+            return None
         stream = [self.runtime.seed("ptx"), iteration, epoch, number, self.runtime.rank]
         drawn = np.random.default_rng(stream).integers(len(self.demonstrations), size=count)
         prompts, responses = zip(*(self.demonstrations[i] for i in drawn.tolist()), strict=True)
-        batch = TokenBatch.from_ragged(prompts, responses, self.pad_id, self.device)
+        return TokenBatch.from_ragged(prompts, responses, self.pad_id, self.device)
+
+    def _accumulate_demonstrations(self, batch: TokenBatch) -> None:
+        """Gradients of ptx_coef x mean NLL of drawn demonstrations (InstructGPT, eq. 2)."""
         tokens = float(self.runtime.all_sum(batch.response_lengths.sum()))
-        parts = micro_batches(batch.lengths, self.section.micro_batch_tokens)
+        parts = micro_batches(batch.lengths, self.micro_batch_tokens)
         for position, rows in enumerate(parts):
             with self.runtime.autocast():
                 part = batch.take(rows)

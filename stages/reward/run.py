@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from pipeline.errors import DataError, TrainingError
-from pipeline.generation import NativeEngine, Sampling
-from pipeline.hf_trainer import FitSummary, recomputing
+from pipeline.generation import LocalEngine, Sampling
+from pipeline.hf_trainer import FitSummary, MeasuredMemory, recomputing
 from pipeline.models.heads import ScalarHead
 from pipeline.models.trunk import Handle
 from pipeline.records import Prompt, PromptText, Ranking
@@ -85,7 +85,7 @@ class RewardStage:
         train = encode_rankings(handle.codec, split.train)
         held_out = encode_rankings(handle.codec, split.held_out)
         cuts = context.report_cuts(handle.codec)
-        fit = train_handle(handle, train, held_out[: section.eval_rows], context)
+        fit = train_handle(handle, train, held_out[: section.eval_rows], context, sft)
         agreement = measure(handle, split.held_out, held_out, context) if held_out else None
         normalisation = None
         if section.normalisation.mode != "none":
@@ -138,8 +138,12 @@ def train_handle(
     train: Sequence[EncodedRanking],
     held_out: Sequence[EncodedRanking],
     context: Context,
+    sft: Handle | None = None,
 ) -> FitSummary:
-    """Train the handle's adapter or weights and its head; its trunk is frozen again afterwards."""
+    """Train the handle's adapter or weights and its head; its trunk is frozen again afterwards.
+
+    `sft` is in memory too, where the stage needs it; it counts in `memory.json`.
+    """
     section, pad_id = context.config.reward, handle.codec.pad_id
     for parameter in handle.parameters():
         parameter.requires_grad_(True)
@@ -157,6 +161,8 @@ def train_handle(
         context.tracker.log,
         context.console,
     )
+    roles = {"reward": handle} if sft is None else {"sft": sft, "reward": handle}
+    trainer.add_callback(MeasuredMemory(roles, context.folder.memory_json))
     with recomputing(model, section.gradient_checkpointing):
         fit = trainer.fit()
     handle.trunk.freeze()
@@ -209,7 +215,7 @@ def normalise(
     share = runtime.share(len(chosen))
     own = [chosen[index] for index in share]
     with runtime.autocast():
-        drawn = NativeEngine().generate(sft, own, share, sampling)
+        drawn = LocalEngine().generate(sft, own, share, sampling)
     completions = Completions.decode(
         sft.codec, [Prompt(prompts[ids]) for ids in own], own, drawn.response_ids, drawn.ended
     )

@@ -46,7 +46,7 @@ class RankingTrainer(PlannedTrainer):
         self.section = section
         super().__init__(
             handle.trunk,
-            section,
+            section.sized(handle.trunk.token_budget(section.micro_batch_tokens)),
             run,
             folder,
             train,

@@ -12,8 +12,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from pipeline.batches import TokenBatch
+from pipeline.config import FitSection
 from pipeline.hf_trainer import PlannedTrainer
-from pipeline.models.trunk import Role
+from pipeline.models.trunk import Role, Trunk
 
 Pair = tuple[list[int], list[int]]  # token ids of a prompt and of its response
 
@@ -39,8 +40,12 @@ class DemonstrationRows:
 class SftTrainer(PlannedTrainer):
     """Minimises -log p(response | prompt), summed over tokens, in the role it is given."""
 
-    def __init__(self, role: Role, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(self, role: Role, module: Trunk, section: FitSection, **kwargs: Any) -> None:
+        super().__init__(
+            module=module,
+            section=section.sized(module.token_budget(section.micro_batch_tokens)),
+            **kwargs,
+        )
         self.role = role
 
     def loss_sum(self, model: nn.Module, batch: TokenBatch) -> Tensor:

@@ -213,7 +213,7 @@ def test_each_response_is_encoded_once(tmp_path: Path) -> None:
     ]
     handle = tiny_handle()
     rows: list[int] = []
-    handle.trunk.model.register_forward_hook(
+    handle.trunk.model.get_decoder().register_forward_hook(
         lambda module, args, kwargs, out: rows.append(len(kwargs["input_ids"])), with_kwargs=True
     )
     make_trainer(handle, rankings, tmp_path, epochs=1).fit()

@@ -11,6 +11,7 @@ from stages.ppo.objective import (
     explained_variance,
     final_scores,
     gae,
+    importance_weights,
     kl_estimate,
     last_token,
     mean_variance,
@@ -214,6 +215,79 @@ def test_nan_ratio_is_not_hidden() -> None:
     logprobs = torch.tensor([[float("nan"), 0.0]])
     mask = torch.ones(1, 2, dtype=torch.bool)
     assert policy_loss(logprobs, torch.zeros(1, 2), torch.ones(1, 2), mask, 0.2).loss.isnan()
+
+
+def test_importance_weights_by_hand() -> None:
+    # pi / mu: 0.5 / 0.25 = 2; 0.2 / 0.4 = 0.5; 0.9 / 0.1 = 9, cut at the cap 3; padding 0.
+    nan = float("nan")
+    pi = torch.tensor([[0.5, 0.2, 0.9, nan]], dtype=torch.float64).log().requires_grad_()
+    mu = torch.tensor([[0.25, 0.4, 0.1, nan]], dtype=torch.float64).log()
+    mask = torch.tensor([[True, True, True, False]])
+    weights = importance_weights(pi, mu, mask, cap=3.0)
+    np.testing.assert_allclose(weights[0], [2.0, 0.5, 3.0, 0.0], rtol=1e-12)
+    assert not weights.requires_grad
+    # An engine that gave a token probability 0 has no infinite weight, whatever the cap.
+    never = importance_weights(torch.zeros(1, 1), torch.full((1, 1), -1e4), mask[:, :1], cap=1e30)
+    assert never.item() == pytest.approx(math.exp(20), rel=1e-6)
+
+
+def test_weights_scale_each_tokens_loss_and_nothing_else() -> None:
+    # eps = 0.2. Unweighted losses max(-A r, -A clip r) of three tokens, as in the table above:
+    #   r 1.0, A 2: -2;  r 1.5, A 1: -1.2 (clipped);  r 0.5, A -1: 0.8 (clipped);  padding.
+    # Weights 2, 0.5, 3: -4 - 0.6 + 2.4 = -2.2. d/dlogp = -w A r where plain decides: -4, 0, 0.
+    nan = float("nan")
+    ratio = torch.tensor([[1.0, 1.5, 0.5, nan]], dtype=torch.float64)
+    advantages = torch.tensor([[2.0, 1.0, -1.0, nan]], dtype=torch.float64)
+    mask = torch.tensor([[True, True, True, False]])
+    weights = torch.tensor([[2.0, 0.5, 3.0, nan]], dtype=torch.float64)
+    old = torch.full_like(ratio, -3.0)
+    logprobs = (ratio.log() + old).requires_grad_()
+    result = policy_loss(logprobs, old, advantages, mask, 0.2, weights_bt=weights)
+    assert result.loss.item() == pytest.approx(-2.2)
+    (gradient,) = torch.autograd.grad(result.loss, logprobs)
+    np.testing.assert_allclose(gradient[0], [-4.0, 0.0, 0.0, 0.0], rtol=0, atol=1e-12)
+    # What is logged of the ratio is the policy's own affair: r sums to 3, two tokens are clipped.
+    assert result.ratio.item() == pytest.approx(3.0)
+    assert result.ratio_max.item() == pytest.approx(1.5)
+    assert result.clipped.item() == 2
+
+
+def test_importance_weights_correct_the_expected_gradient() -> None:
+    """Sampling from mu with weights pi / mu has the gradient that sampling from pi has.
+
+    Exact, by summing over a vocabulary of 5: E_mu[w(a) grad loss(a)] = E_pi[grad loss(a)]. Without
+    weights, and where a cap binds, it has not.
+    """
+    generator = torch.Generator().manual_seed(0)
+    logits, other, advantages = torch.randn((3, 5), generator=generator, dtype=torch.float64)
+    log_mu = (logits + 0.3 * other).log_softmax(0)
+    mask = torch.ones(1, 5, dtype=torch.bool)
+
+    def expected_gradient(log_sampler: torch.Tensor, cap: float | None) -> torch.Tensor:
+        free = logits.clone().requires_grad_()
+        log_pi = free.log_softmax(0).unsqueeze(0)
+        old = log_pi.detach()
+        weights = None if cap is None else importance_weights(old, log_sampler[None], mask, cap)
+        total = torch.zeros(())
+        for token in range(5):  # each token as its own sample, with the probability of drawing it
+            only = torch.zeros_like(mask)
+            only[0, token] = True
+            loss = policy_loss(log_pi, old, advantages[None], only, 0.2, weights_bt=weights).loss
+            total = total + log_sampler[token].exp() * loss
+        return torch.autograd.grad(total, free)[0]
+
+    pi = logits.softmax(0)
+    # REINFORCE in closed form: d/dlogits of -E_pi[A] = -pi (A - E_pi[A]).
+    closed = -pi * (advantages - (pi * advantages).sum())
+    on_policy = expected_gradient(pi.log(), None)
+    torch.testing.assert_close(on_policy, closed, rtol=0, atol=1e-12)
+    ratios = (pi.log() - log_mu).exp()
+    assert ratios.max() < 10
+    corrected = expected_gradient(log_mu, 10.0)
+    torch.testing.assert_close(corrected, closed, rtol=0, atol=1e-12)
+    assert (expected_gradient(log_mu, None) - closed).abs().max() > 0.01
+    assert ratios.max() > 1.05
+    assert (expected_gradient(log_mu, 1.05) - closed).abs().max() > 1e-3
 
 
 def test_value_loss_by_hand() -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -146,3 +147,11 @@ def test_a_run_without_the_stage_is_named() -> None:
     code, _, err = check("ppo.policy=./model")
     assert code == 2
     assert "is a run without a finished sft stage (it has reward): run `rlhf sft` there" in err
+
+
+def test_a_quantised_base_needs_its_package(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    lora = [f"{stage}.tuning=lora" for stage in ("sft", "reward", "ppo")]
+    code, _, err = check("model={path: model, quantization: 4bit}", *lora)
+    assert code == 2
+    assert "model.path: model.quantization is 4bit, which needs the bitsandbytes package" in err

@@ -58,7 +58,10 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     made: list[Any] = []
 
     class FakeChain:
-        def __init__(self, config: Any, stages: Any, console: Any, sources: Any) -> None:
+        def __init__(
+            self, config: Any, stages: Any, console: Any, sources: Any, predict: Any
+        ) -> None:
+            assert callable(predict)
             names = [stage.name for stage in stages]
             self.call = SimpleNamespace(config=config, stages=names, sources=list(sources))
             self.folder = SimpleNamespace(root=Path("runs/made"))

@@ -9,10 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 
+from pipeline.distributed import Runtime
 from pipeline.errors import ConfigError, DataError
+from pipeline.generation import NativeEngine, Sampling, StaticEngine
 from pipeline.records import Ranking
+from stages.evaluation.config import EvaluationSection
 from stages.evaluation.run import EvaluationStage
 from tests.unit.tiny_run import TinyRun, config
 
@@ -114,9 +118,6 @@ def test_kl_agrees_with_plain_transformers(judged: Judged) -> None:
 
 def _redraw(run: TinyRun) -> list[list[int]]:
     """PPO's responses once more, one row a call: noise i belongs to prompt i."""
-    from pipeline.distributed import Runtime
-    from pipeline.generation import NativeEngine, Sampling
-
     seed = Runtime(run.config.run).seed("evaluation")
     sampling = Sampling(max_new_tokens=12, temperature=1.0, seed=seed)
     return [
@@ -197,6 +198,62 @@ def test_a_new_process_finds_the_same_numbers(tmp_path: Path) -> None:
     rebuilt, _ = evaluate(run)
     for policy, numbers in live["policies"].items():
         assert rebuilt["policies"][policy] == pytest.approx(numbers, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sampling"),
+    [
+        ({"temperature": 0}, Sampling(12, temperature=0)),
+        ({"decoding": {"num_beams": 3}}, Sampling(12, num_beams=3)),
+        ({"temperature": 0.9, "decoding": {"top_k": 4, "top_p": 0.8}}, None),
+    ],
+    ids=["greedy", "beam", "truncated"],
+)
+def test_the_policies_answer_as_the_settings_say(
+    tmp_path: Path, settings: dict[str, Any], sampling: Sampling | None
+) -> None:
+    run = TinyRun(config(tmp_path, **settings))
+    metrics, samples = evaluate(run)
+    if sampling is None:
+        seed = Runtime(run.config.run).seed("evaluation")
+        sampling = Sampling(12, temperature=0.9, seed=seed, top_k=4, top_p=0.8)
+    prompts = run.corpus.prompts.held_out[-8:]
+    for name, handle in (("sft", run.sft), ("ppo", run.policy)):
+        ids = [handle.codec.prompt_ids(prompt.prompt) for prompt in prompts]
+        drawn = StaticEngine(1).generate(handle, ids, range(8), sampling)
+        texts = [handle.codec.text(response) for response in drawn.response_ids]
+        assert [sample[name]["text"] for sample in samples] == texts
+    assert ("best_of_n" in metrics["policies"]) == (sampling.top_k > 0)
+    report = (run.run.stage("evaluation").artifact / "report.md").read_text(encoding="utf-8")
+    note = "not the KL of what was drawn" if sampling.top_k else "nothing to choose from"
+    assert note in report
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (
+            {"temperature": 0.7, "decoding": {"num_beams": 4}},
+            r"evaluation\.decoding\.num_beams is 4 but evaluation\.temperature is 0\.7",
+        ),
+        (
+            {"temperature": 0, "decoding": {"num_beams": 4}},
+            r"evaluation\.decoding\.num_beams is 4 but evaluation\.temperature is 0,",
+        ),
+        (
+            {"decoding": {"num_beams": 4, "top_p": 0.9}},
+            r"decoding\.top_p is 0\.9 but evaluation\.decoding\.num_beams is 4",
+        ),
+        (
+            {"temperature": 0, "decoding": {"top_k": 5}},
+            r"decoding\.top_k is 5 but evaluation\.temperature is 0",
+        ),
+        ({"decoding": {"top_p": 0}}, r"greater than 0"),
+    ],
+)
+def test_settings_that_contradict_are_refused_by_name(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        EvaluationSection(**settings)
 
 
 def test_a_missing_reference_column_is_named(tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ METRICS: dict[str, Any] = {
     "peak_rss_mb": 1234.4,
     "about": {
         "seed": 3, "prompts": 500, "prompts_wanted": 500, "temperature": 1.0,
+        "decoding": {"method": "sample", "top_k": 0, "top_p": 1.0, "num_beams": 1},
         "max_new_tokens": 48, "rewards": "reward model", "gold": "gold", "best_of_n": 16,
         "max_n": 16, "chosen_on_the_same_prompts": False, "prompts_cut": 0, "versions": {},
     },
@@ -44,6 +45,10 @@ def changed(**about: Any) -> dict[str, Any]:
     metrics = copy.deepcopy(METRICS)
     metrics["about"].update(about)
     return metrics
+
+
+def decoded(method: str, **settings: Any) -> dict[str, Any]:
+    return changed(decoding={**METRICS["about"]["decoding"], "method": method, **settings})
 
 
 def test_rows_hold_the_columns_that_exist_and_name_n() -> None:
@@ -66,6 +71,28 @@ def test_markdown_states_the_numbers() -> None:
     assert "Peak resident memory: 1234 MiB." in text
 
 
+@pytest.mark.parametrize(
+    ("metrics", "words"),
+    [
+        (METRICS, "500 held-out prompts, temperature 1, at most 48 new tokens"),
+        (decoded("greedy"), "prompts, greedy, at most"),
+        (decoded("beam", num_beams=4), "prompts, beam search of 4, at most"),
+        (
+            decoded("sample", top_k=20, top_p=0.9),
+            "prompts, temperature 1, top-k 20, top-p 0.9, at most",
+        ),
+    ],
+)
+def test_markdown_says_how_the_responses_came_about(metrics: dict[str, Any], words: str) -> None:
+    assert words in markdown(metrics)
+
+
+def test_noise_is_only_claimed_where_there_is_some() -> None:
+    assert "same sampling noise" in "\n".join(limits(METRICS))
+    for method in ("greedy", "beam"):
+        assert "noise" not in "\n".join(limits(decoded(method))[1:2])
+
+
 def test_screen_shows_the_same_numbers() -> None:
     from rich.console import Console
 
@@ -80,7 +107,11 @@ def test_screen_shows_the_same_numbers() -> None:
         (changed(gold=None), "cannot show over-optimisation"),
         (changed(prompts=40), "Only 40 held-out prompts exist where 500"),
         (changed(best_of_n=1), "the SFT policy itself"),
-        (changed(temperature=0), "not an estimate of the KL"),
+        (decoded("greedy"), "not an estimate of the KL"),
+        (decoded("greedy"), "Responses are greedy"),
+        (decoded("beam", num_beams=4), "Responses are found by a beam search"),
+        (decoded("sample", top_k=5), "not the KL of what was drawn"),
+        (decoded("sample", top_p=0.9), "not the KL of what was drawn"),
         (changed(chosen_on_the_same_prompts=True), "chosen by its reward on some of these"),
     ],
 )

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from torch import nn
 
 from pipeline.batches import TokenBatch
 from pipeline.config import LoraSection
@@ -83,7 +84,130 @@ def test_logits_are_made_at_response_positions_only(make_handle):
     assert rows == [2 + 5 + 1]
     handle.trunk.add_head("h")
     handle.with_role("r", head="h")(batch(), {"scores"})
-    assert rows[1] == 0
+    assert len(rows) == 1  # scores need no logits at all
+
+
+def test_logits_in_chunks_are_the_same_numbers_and_gradients(make_handle, monkeypatch):
+    handle = make_handle()
+    handle.trunk.requires_grad_(True)
+    widest = []
+
+    def run() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        out = handle(batch(), {"logprobs", "entropy"}, 0.7)
+        handle.trunk.zero_grad()
+        (out.logprobs.sum() + 0.1 * out.entropy.sum()).backward()
+        grads = [p.grad.flatten() for p in handle.trunk.model.parameters()]
+        return out.logprobs.detach(), out.entropy.detach(), torch.cat(grads)
+
+    whole = run()
+    handle.trunk.model.get_output_embeddings().register_forward_hook(
+        lambda _module, _args, out: widest.append(out.shape[:-1].numel())
+    )
+    monkeypatch.setattr("pipeline.models.trunk.LOGITS_AT_A_TIME", 3 * handle.trunk.vocabulary_size)
+    parts = run()
+    assert widest == [3, 3, 2, 2, 3, 3]  # 2 + 5 + 1 rows, and again, last first, on the way back
+    for one, other in zip(parts, whole, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+    with torch.no_grad():
+        scored = handle(batch(), {"logprobs", "entropy"}, 0.7)
+    torch.testing.assert_close(scored.logprobs, whole[0], rtol=0, atol=1e-12)
+    torch.testing.assert_close(scored.entropy, whole[1], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gpt_neox", "opt", "phi", "bloom"])
+def test_recomputed_activations_give_the_gradients_of_each_role(make_handle, model_type):
+    """Two adapters on one base: the second computation must be in the role of the first."""
+    extra = {
+        "opt": {"word_embed_proj_dim": 32, "ffn_dim": 64, "dropout": 0.5},
+        "gpt2": {"resid_pdrop": 0.5, "attn_pdrop": 0.5},
+        "bloom": {"n_layer": 2, "n_head": 2},
+    }.get(model_type, {})
+    handle = make_handle(model_type, **extra)
+    roles = []
+    for name in ("one", "two"):
+        adapters.add_adapter(handle.trunk.model, name, adapters.lora_config(LoraSection(rank=2)))
+        role = Role(name, adapter=name)
+        for parameter in handle.trunk.role_parameters(role):
+            parameter.data = torch.randn_like(parameter) * 0.1
+        roles.append(role)
+    handle.trunk.freeze()
+    parameters = [p for role in roles for p in handle.trunk.role_parameters(role)]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    layers = handle.trunk.model.config.num_hidden_layers
+    passes = []
+    mlp = [m for n, m in handle.trunk.model.named_modules() if n.endswith(("mlp", "fc1"))]
+    mlp[-1].register_forward_pre_hook(lambda *_: passes.append(1))
+
+    def gradients(recompute: bool) -> torch.Tensor:
+        handle.trunk.recompute = recompute
+        handle.trunk.zero_grad()
+        sums = [handle.trunk(batch(), role, {"logprobs"}).logprobs.sum() for role in roles]
+        (sums[0] + 2 * sums[1]).backward()
+        return torch.cat([p.grad.flatten() for p in parameters])
+
+    plain = gradients(False)
+    assert len(passes) == 2 and layers == 2
+    torch.testing.assert_close(gradients(True), plain, rtol=0, atol=1e-10)
+    assert len(passes) == 2 + 4  # each role forward, and again on the way back
+    assert not any(module.training for module in handle.trunk.modules())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_lean_lora_is_pefts(bias):
+    from peft.tuners.lora.layer import Linear
+
+    from pipeline.models.lean_lora import LeanLoraLinear
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 7, bias=bias), nn.Tanh(), nn.Linear(7, 3)).double()
+    model.requires_grad_(False)
+    section = LoraSection(rank=2, alpha=5, target_modules=["0", "2"])
+    adapters.add_adapter(model, "a", adapters.lora_config(section))
+    assert type(model[0]) is LeanLoraLinear
+    trained = adapters.adapter_parameters(model, "a")
+    for parameter in trained:
+        parameter.data = torch.randn(parameter.shape, dtype=torch.float64)
+        parameter.requires_grad_(True)
+    adapters.activate(model, "a")
+    x = torch.randn(2, 4, 5, dtype=torch.float64, requires_grad=True)
+
+    def run() -> list[torch.Tensor]:
+        for tensor in (*trained, x):
+            tensor.grad = None
+        out = model(x)
+        (out**2).sum().backward()
+        return [out.detach(), x.grad.clone(), *(p.grad.clone() for p in trained)]
+
+    lean = run()
+    for layer in (model[0], model[2]):
+        layer.__class__ = Linear
+    for one, other in zip(lean, run(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"dropout": 0.5}, {}])
+def test_unusual_lora_is_left_to_peft(options):
+    from peft.tuners.lora.layer import Linear
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 3))
+    model.requires_grad_(False)
+    section = LoraSection(rank=2, target_modules=["0"], **options)
+    adapters.add_adapter(model, "a", adapters.lora_config(section))
+    for parameter in adapters.adapter_parameters(model, "a"):
+        parameter.data = torch.randn_like(parameter)
+    adapters.activate(model, "a")
+    model.train()
+    x = torch.randn(6, 5)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=not options):
+        torch.manual_seed(1)
+        ours = model(x)
+        model[0].__class__ = Linear
+        torch.manual_seed(1)
+        theirs = model(x)
+    assert ours.dtype == theirs.dtype == (torch.bfloat16 if not options else torch.float32)
+    assert torch.equal(ours, theirs)
 
 
 def test_head_normalisation_moves_scores_to_mean_0_and_deviation_1():

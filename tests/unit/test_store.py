@@ -90,6 +90,45 @@ class TestStore:
         assert base.trunk.base_hash() == before
         assert fork.trunk.base_hash() != before
 
+    def test_a_fork_holds_what_its_role_needs_and_no_more(self, tmp_path, make_store):
+        store = make_store()
+        sft, reward = self.lora_pair(store, tmp_path)
+        adapters.copy_adapter(sft.trunk.model, "reward", "value")
+        sft.trunk.add_head("value").init_normal()
+
+        bare = store.fork(sft, "policy")
+        plain = {name for name, _ in make_store().build(["a b"]).trunk.model.named_parameters()}
+        assert {name for name, _ in bare.trunk.model.named_parameters()} == plain
+        assert len(bare.trunk.heads) == 0
+        scorer = store.fork(reward, "judge")
+        assert adapters.adapter_names(scorer.trunk.model) == {"reward"}
+        assert list(scorer.trunk.heads) == ["reward"]
+        with torch.no_grad():
+            for ours, theirs, want in [(sft, bare, "logprobs"), (reward, scorer, "scores")]:
+                a, b = (getattr(h(batch(), {want}), want) for h in (ours, theirs))
+                torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+        # Adapters go onto the bare copy as onto any base: one layer of them, not one in another.
+        config = LoraSection(rank=4)
+        grown = store.trainable_copy(bare, "policy", "lora", config).trunk.model
+        assert len(adapters.tuner_layers(grown)) == len(adapters.tuner_layers(sft.trunk.model))
+        # The source has all that it had.
+        assert adapters.adapter_names(sft.trunk.model) == {"reward", "value"}
+        assert set(sft.trunk.heads) == {"reward", "value"}
+
+    def test_a_forgotten_trunk_is_loaded_again_to_the_same_numbers(self, tmp_path, make_store):
+        store = make_store()
+        sft, reward = self.lora_pair(store, tmp_path)
+        with torch.no_grad():
+            before = reward(batch(), {"scores"}).scores
+            store.forget(sft.trunk)
+            for parameter in sft.trunk.model.parameters():
+                parameter.zero_()
+            opened = store.open(tmp_path / "reward")
+            assert opened.trunk is store.open(tmp_path / "sft").trunk is not sft.trunk
+            after = opened(batch(), {"scores"}).scores
+        torch.testing.assert_close(before, after, rtol=0, atol=0)
+
     def test_training_a_base_takes_it_out_of_the_stores_index(self, tmp_path, make_store):
         store = make_store()
         self.lora_pair(store, tmp_path)

@@ -1,0 +1,52 @@
+"""The engines of this process as one: the model and the way of decoding decide which serves."""
+
+from collections.abc import Sequence
+
+from pipeline.generation.caches import needs_static_batches
+from pipeline.generation.engine import Generations, Sampling
+from pipeline.generation.native import NativeEngine
+from pipeline.generation.static import StaticEngine
+from pipeline.models.trunk import Handle
+from pipeline.out_of_memory import halving
+
+
+class LocalEngine:
+    """The native engine where it can serve, static batches where it cannot.
+
+    Sampled text does not depend on the choice, but for near-ties in rounding. Where memory runs
+    out, fewer rows are generated at a time.
+    """
+
+    name = "local"
+    deterministic = True
+
+    def __init__(self, rows_at_once: int = 128) -> None:
+        self.rows_at_once = rows_at_once
+
+    def generate(
+        self,
+        handle: Handle,
+        prompt_ids: Sequence[Sequence[int]],
+        sample_indices: Sequence[int],
+        sampling: Sampling,
+    ) -> Generations:
+        """See `Engine`.
+
+        Raises:
+            TrainingError: the model's logits are not finite, or one row alone does not fit.
+        """
+        kind = serving(handle, sampling)
+
+        def attempt(rows: int) -> Generations:
+            return kind(rows).generate(handle, prompt_ids, sample_indices, sampling)
+
+        remedy = "one response does not fit: shorten the prompts or the responses"
+        found, self.rows_at_once = halving(attempt, self.rows_at_once, 1, remedy, undo=lambda: None)
+        return found
+
+
+def serving(handle: Handle, sampling: Sampling) -> type[NativeEngine] | type[StaticEngine]:
+    """Which engine serves: native for plain sampling and greedy text of ordinary decoders."""
+    if sampling.is_plain and needs_static_batches(handle.trunk.model.config) is None:
+        return NativeEngine
+    return StaticEngine

@@ -1,0 +1,197 @@
+"""Decoding for people, and for models with unusual caches: `model.generate` on static batches.
+
+Greedy text, sampling with temperature, top-k and top-p, and beam search are transformers' own. Only
+the draw is not: `generate` takes the likeliest token, after hashed Gumbel noise is added to the
+warped logits (see `noise`), which is a sample of their softmax whatever the batch. A batch runs
+until its last row has ended, so this is not the engine for rollouts of ordinary decoders.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import TrainingError
+from pipeline.generation.caches import takes_padding
+from pipeline.generation.engine import Generations, Sampling
+from pipeline.generation.noise import gumbel, row_keys
+from pipeline.models.adapters import activate
+from pipeline.models.trunk import Handle
+
+
+class StaticEngine:
+    """Prompts sorted by length, in left-padded batches of `max_rows` rows, beams included.
+
+    Prompts of unequal length share no batch on models that do not heed padding (`takes_padding`).
+    It tells no log-probs: transformers' are float32 and of warped logits.
+    """
+
+    name = "static"
+    deterministic = True
+
+    def __init__(self, max_rows: int = 128) -> None:
+        self.max_rows = max_rows
+
+    @torch.no_grad()
+    def generate(
+        self,
+        handle: Handle,
+        prompt_ids: Sequence[Sequence[int]],
+        sample_indices: Sequence[int],
+        sampling: Sampling,
+    ) -> Generations:
+        """See `Engine`. Beams draw nothing and use log-probs at temperature 1.
+
+        Raises:
+            TrainingError: the model's logits are not finite.
+        """
+        assert len(prompt_ids) == len(sample_indices)
+        count = len(prompt_ids)
+        out = Generations([[] for _ in range(count)], [False] * count)
+        model = handle.trunk.model
+        size = max(1, self.max_rows // sampling.num_beams)
+        activate(model, handle.role.adapter)
+        with _defaults_aside(model):
+            lengths = [len(prompt) for prompt in prompt_ids]
+            for rows in _batches(lengths, size, takes_padding(model.config)):
+                responses = _generate_batch(
+                    handle,
+                    [prompt_ids[row] for row in rows],
+                    [sample_indices[row] for row in rows],
+                    rows,
+                    sampling,
+                )
+                for row, response in zip(rows, responses, strict=True):
+                    out.response_ids[row] = response
+                    out.ended[row] = response[-1] in handle.codec.stop_ids
+        return out
+
+
+def _batches(lengths: Sequence[int], size: int, mixed: bool) -> Iterator[list[int]]:
+    """Rows in batches of at most `size`, longest first; of one length each unless `mixed`."""
+    rows = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
+    for _, group in groupby(rows, key=lambda row: None if mixed else lengths[row]):
+        alike = list(group)
+        for start in range(0, len(alike), size):
+            yield alike[start : start + size]
+
+
+def _generate_batch(
+    handle: Handle,
+    prompts: Sequence[Sequence[int]],
+    sample_indices: Sequence[int],
+    rows: Sequence[int],
+    sampling: Sampling,
+) -> list[list[int]]:
+    """The responses, stop tokens included; `rows` name the prompts in errors."""
+    from transformers import GenerationConfig
+
+    codec, model = handle.codec, handle.trunk.model
+    device = handle.trunk.device
+    width = max(map(len, prompts))
+    ids = [[codec.pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]
+    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    watch = _Watch(len(prompts), width, sampling.num_beams, device)
+    written = model.generate(
+        torch.tensor(ids, device=device),
+        attention_mask=torch.tensor(mask, device=device),
+        generation_config=GenerationConfig(
+            max_new_tokens=sampling.max_new_tokens,
+            num_beams=sampling.num_beams,
+            do_sample=False,  # the noise draws, see `_Noise`
+            eos_token_id=sorted(codec.stop_ids),
+            pad_token_id=codec.pad_id,
+        ),
+        logits_processor=[watch, *_warpers(handle, sample_indices, width, sampling)],
+    )
+    # What stands behind the first stop id is filler. Whether it is a pad id does not matter: a pad
+    # id inside the text is a token like another.
+    responses = [_until_stop(row, codec.stop_ids) for row in written[:, width:].tolist()]
+    for row, response, fault in zip(rows, responses, watch.first_fault.tolist(), strict=True):
+        if fault < len(response):
+            raise TrainingError(
+                f"the model's logits are not finite at response token {fault} of row {row}: its "
+                "weights have diverged"
+            )
+    return responses
+
+
+def _until_stop(tokens: list[int], stop_ids: frozenset[int]) -> list[int]:
+    """The tokens up to the first stop id, it included."""
+    for length, token in enumerate(tokens, 1):
+        if token in stop_ids:
+            return tokens[:length]
+    return tokens
+
+
+def _warpers(
+    handle: Handle, sample_indices: Sequence[int], width: int, sampling: Sampling
+) -> list[Any]:
+    """transformers' warpers, which a `generate` that does not sample would not apply; the noise."""
+    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    if sampling.num_beams > 1 or sampling.temperature == 0:
+        return []
+    found: list[Any] = []
+    if sampling.temperature != 1:
+        found.append(TemperatureLogitsWarper(float(sampling.temperature)))
+    if sampling.top_k:
+        found.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        found.append(TopPLogitsWarper(float(sampling.top_p)))
+    indices = torch.tensor(sample_indices, device=handle.trunk.device)
+    keys = row_keys(sampling.seed, sampling.stream, indices)
+    return [*found, _Noise(keys, width, handle.trunk.number_dtype)]
+
+
+class _Noise:
+    """A logits processor that turns the choice of the likeliest token into a draw."""
+
+    def __init__(self, keys: Tensor, prompt_width: int, dtype: torch.dtype) -> None:
+        self.keys = keys  # (B,)
+        self.prompt_width = prompt_width
+        self.dtype = dtype
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Scores (B, V) with noise for the position that input_ids (B, T) have reached."""
+        positions = torch.full_like(self.keys, input_ids.shape[1] - self.prompt_width)
+        return scores + gumbel(self.keys, positions, scores.shape[1], self.dtype)
+
+
+class _Watch:
+    """A logits processor that notes, without synchronising, where logits stop being finite."""
+
+    def __init__(self, rows: int, prompt_width: int, beams: int, device: torch.device) -> None:
+        self.prompt_width = prompt_width
+        self.beams = beams
+        # (B,): the first response token with such logits; larger than any position if none.
+        self.first_fault = torch.full((rows,), torch.iinfo(torch.int64).max, device=device)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """The scores (B * beams, V), untouched."""
+        # Single logits of minus infinity are a model's way to exclude tokens.
+        fault = ~scores.logsumexp(-1).isfinite().view(-1, self.beams).all(-1)  # of any beam
+        position = input_ids.shape[1] - self.prompt_width
+        here = torch.full_like(self.first_fault, position)
+        self.first_fault = torch.where(fault & (here < self.first_fault), here, self.first_fault)
+        return scores
+
+
+@contextmanager
+def _defaults_aside(model: Any) -> Iterator[None]:
+    """Put the model's own generation defaults aside.
+
+    `generate` fills whatever a given GenerationConfig leaves open from the model's, so that a
+    checkpoint's temperature or repetition penalty would leak into every decoding.
+    """
+    from transformers import GenerationConfig
+
+    theirs = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = theirs

@@ -1,0 +1,234 @@
+"""Rollouts from a vLLM server that runs in an environment of its own: a client, no vllm import.
+
+Requests are those of vLLM's OpenAI-compatible server (docs/vllm.md says which versions were read).
+Each row is a request of its own: a seed holds for a whole request, and rows that share one would
+draw the same noise. The log-probs are vLLM's, of other kernels than the training forward's, so
+nothing here is exact: PPO computes its own and corrects with importance weights.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.batches import TokenBatch, pad_numbers
+from pipeline.distributed import Runtime
+from pipeline.errors import ConfigError, PipelineError, TrainingError
+from pipeline.generation.engine import Generations, Sampling
+from pipeline.generation.json_http import JsonServer, ServerFault
+from pipeline.generation.vllm_adapters import AdapterHandover
+from pipeline.models.trunk import Handle
+
+# The first rows of each version of the policy are read by the trunk too. Other kernels and bf16
+# differ by some hundredths of a nat a token, another model's weights by one or more.
+CHECKED_ROWS = 8
+MAX_MISMATCH = 0.3  # nats a token, the mean of absolute differences
+_NEGLIGIBLE = 0.01  # nats a token: no evidence for any cause
+
+Row = tuple[list[int], list[float], bool]  # response ids, their log-probs, whether it ended
+
+
+class VllmEngine:
+    """Samples from a vLLM server, `rows_at_once` requests at a time.
+
+    With many processes each asks for its own rows; the first hands the adapter over for all.
+    """
+
+    name = "vllm"
+    deterministic = False  # batches, kernels and versions of the server decide near-ties
+
+    def __init__(
+        self, server: JsonServer, adapters: AdapterHandover, runtime: Runtime, rows_at_once: int
+    ) -> None:
+        self._server = server
+        self._adapters = adapters
+        self._runtime = runtime
+        self._rows_at_once = rows_at_once
+        self._checked = ""  # name of the version whose numbers were compared
+
+    def generate(
+        self,
+        handle: Handle,
+        prompt_ids: Sequence[Sequence[int]],
+        sample_indices: Sequence[int],
+        sampling: Sampling,
+    ) -> Generations:
+        """See `Engine`. Hands the policy's adapter over first, if it has changed.
+
+        Raises:
+            ConfigError: the server is not the one that the run needs.
+            TrainingError: it failed, or answered what cannot be a sample of the policy.
+        """
+        assert len(prompt_ids) == len(sample_indices)
+        assert sampling.is_plain, sampling
+        longest = handle.codec.max_prompt_tokens + sampling.max_new_tokens
+        model = self._on_main(lambda: self._adapters.current(handle, longest))
+        fixed = request_body(model, handle.codec.stop_ids, sampling)
+
+        def ask(prompt: Sequence[int], index: int) -> Row:
+            own = {"prompt": [list(prompt)], "seed": row_seed(sampling, index)}
+            return self._ask({**fixed, **own}, handle, index)
+
+        pool = ThreadPoolExecutor(max(1, min(self._rows_at_once, len(prompt_ids))))
+        try:
+            rows = list(pool.map(ask, prompt_ids, sample_indices))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+        made = Generations(
+            [ids for ids, _, _ in rows], [ended for *_, ended in rows], [own for _, own, _ in rows]
+        )
+        if rows and self._checked != model:
+            self._compare(handle, prompt_ids, made, sampling.temperature or 1.0)
+            self._checked = model
+        return made
+
+    def close(self) -> None:
+        """Take the adapter off the server and delete its files."""
+        if self._runtime.is_main:
+            self._adapters.drop()
+
+    def _ask(self, body: Mapping[str, Any], handle: Handle, index: int) -> Row:
+        try:
+            answer = self._server.post("/v1/completions", body)
+        except ServerFault as fault:
+            if fault.status == 404:
+                raise TrainingError(
+                    f"the vLLM server no longer knows the policy's adapter ({fault}). Was it "
+                    "restarted? Start the stage again"
+                ) from fault
+            raise TrainingError(f"vLLM did not answer for sample {index}: {fault}") from fault
+        vocabulary = handle.trunk.model.get_output_embeddings().weight.shape[0]
+        try:
+            return read_answer(answer, handle.codec.stop_ids, body["max_tokens"], vocabulary)
+        except ValueError as error:
+            raise TrainingError(
+                f"{self._server.url}/v1/completions gave no sample of the policy for sample "
+                f"{index}: {error}"
+            ) from error
+
+    def _on_main(self, work: Callable[[], str]) -> str:
+        """What `work` returns in the first process, or raises there, in every process."""
+        result, fault = "", None
+        if self._runtime.is_main:
+            try:
+                result = work()
+            except PipelineError as error:
+                if self._runtime.world_size == 1:
+                    raise
+                fault = error
+        result, fault = self._runtime.gather_objects([(result, fault)])[0]
+        if fault is not None:
+            raise fault  # in all of them, so that none waits for the others
+        return result
+
+    @torch.no_grad()
+    def _compare(
+        self,
+        handle: Handle,
+        prompt_ids: Sequence[Sequence[int]],
+        made: Generations,
+        temperature: float,
+    ) -> None:
+        """Whether the server's log-probs are those of this policy at this temperature."""
+        assert made.logprobs is not None
+        rows = slice(CHECKED_ROWS)
+        device, dtype = handle.trunk.device, handle.trunk.number_dtype
+        batch = TokenBatch.from_ragged(
+            prompt_ids[rows], made.response_ids[rows], handle.codec.pad_id, device
+        )
+        theirs = pad_numbers(made.logprobs[rows], dtype, device)
+
+        def mismatch(at: float) -> float:
+            ours = handle(batch, ["logprobs"], at).logprobs
+            assert isinstance(ours, Tensor)
+            return float((ours - theirs).abs()[batch.response_mask].mean())
+
+        scaled = mismatch(temperature)
+        if temperature != 1.0 and scaled > _NEGLIGIBLE and mismatch(1.0) < scaled / 2:
+            raise ConfigError(
+                f"the vLLM server's log-probs are those of temperature 1, but "
+                f"ppo.rollout.temperature is {temperature:g}: importance weights would be wrong. "
+                "Start the server with --logprobs-mode processed_logprobs"
+            )
+        if scaled > MAX_MISMATCH:
+            raise TrainingError(
+                f"the vLLM server's log-probs differ from the policy's by {scaled:.2f} nats a "
+                f"token (at most {MAX_MISMATCH} is rounding). Does it still serve an older base "
+                "under this name? Does it run with --logprobs-mode processed_logprobs, and "
+                "unquantised? Start it again"
+            )
+
+
+def request_body(model: str, stop_ids: frozenset[int], sampling: Sampling) -> dict[str, Any]:
+    """All of a completion request but its prompt and seed.
+
+    What would change the distribution is named even where it is vLLM's default: a server takes its
+    defaults from the model's generation_config.json.
+    """
+    return {
+        "model": model,
+        "max_tokens": sampling.max_new_tokens,
+        "temperature": sampling.temperature,
+        "n": 1,
+        "top_p": 1.0,
+        "top_k": 0,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "stop_token_ids": sorted(stop_ids),
+        "ignore_eos": False,
+        "min_tokens": 0,
+        "skip_special_tokens": False,
+        "logprobs": 0,  # of the sampled token alone
+        "return_token_ids": True,
+    }
+
+
+def row_seed(sampling: Sampling, index: int) -> int:
+    """A seed of 63 bits for one row: the same row asks for the same noise in every rerun."""
+    text = f"{sampling.seed}:{sampling.stream}:{index}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def read_answer(answer: Any, stop_ids: frozenset[int], max_tokens: int, vocabulary: int) -> Row:
+    """The one response in a completion.
+
+    Raises:
+        ValueError: it is no whole, finite sample that ended at a stop id or at the limit.
+    """
+    try:
+        (choice,) = answer["choices"]
+        ids, logprobs = choice["token_ids"], choice["logprobs"]["token_logprobs"]
+        reason = choice["finish_reason"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"the answer lacks {error}; token_ids and log-probs need vLLM 0.10.2 or newer"
+        ) from error
+    if not ids or len(ids) > max_tokens:
+        raise ValueError(f"{len(ids or [])} tokens where 1 to {max_tokens} were asked for")
+    if not all(isinstance(id_, int) and 0 <= id_ < vocabulary for id_ in ids):
+        raise ValueError(f"ids outside the vocabulary of {vocabulary}: it serves another model")
+    if len(logprobs or []) != len(ids):
+        raise ValueError(f"{len(logprobs or [])} log-probs for {len(ids)} tokens")
+    # vLLM writes -9999 for minus infinity.
+    if not all(isinstance(x, int | float) and math.isfinite(x) and x > -9999 for x in logprobs):
+        raise ValueError("its log-probs are not finite: the policy may have diverged")
+    ended = ids[-1] in stop_ids
+    if any(id_ in stop_ids for id_ in ids[:-1]):
+        raise ValueError("it went on after a stop id: it passed stop_token_ids over")
+    if reason not in ("stop", "length") or (reason == "stop" and not ended):
+        raise ValueError(
+            f"it finished by {reason!r} (stop_reason {choice.get('stop_reason')!r}) on id "
+            f"{ids[-1]}, which is none of the run's stop ids {sorted(stop_ids)}"
+        )
+    if not ended and len(ids) < max_tokens:
+        raise ValueError(
+            f"it was cut after {len(ids)} of {max_tokens} tokens: raise the server's "
+            "--max-model-len"
+        )
+    return ids, [float(x) for x in logprobs], ended

@@ -1,0 +1,107 @@
+"""How a pass goes through a transformers decoder: its body, its tail, and recomputation.
+
+The *body* turns tokens into final hidden states; the *tail* is all that the model does after it:
+output layer, soft-capping, logit scaling. Calling them apart makes logits only where they are
+wanted, and leaves what the tail does the model's business.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.models.adapters import activate
+
+
+def body(model: Any) -> Any:
+    """The module whose `last_hidden_state` the output layer reads."""
+    return model.get_decoder()
+
+
+def tail(model: Any, states: Any, hidden: Tensor) -> Tensor:
+    """Logits (B, S, V) of final hidden states (B, S, d), as the model itself makes them.
+
+    `states` is what the body returned. The model's own `forward` runs, with a body that hands over
+    `hidden` in its place.
+    """
+    inner = body(model)
+    states.last_hidden_state = hidden
+    own = inner.__dict__.get("forward")
+    inner.forward = lambda *_args, **_kwargs: states
+    try:
+        placeholder = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+        logits: Tensor = model(input_ids=placeholder, use_cache=False).logits
+        return logits
+    finally:
+        del inner.forward
+        if own is not None:
+            inner.forward = own
+
+
+def recomputed(model: Any, adapter: str | None, function: Callable[..., Any], *args: Tensor) -> Any:
+    """`function(*args)` without kept activations: the backward pass computes it again.
+
+    The backward pass of several adapters on one base runs after the last of them was activated:
+    the second computation switches to the adapter of the first.
+    """
+    from torch.utils.checkpoint import checkpoint
+
+    contexts = partial(_contexts, model, adapter)
+    return checkpoint(
+        function, *args, use_reentrant=False, context_fn=contexts, preserve_rng_state=False
+    )
+
+
+@contextmanager
+def recomputing(model: Any, adapter: str | None, enabled: bool) -> Iterator[None]:
+    """Within it, the model's layers keep their inputs only.
+
+    Dropout is off in such passes, so the random state is not saved. The layers stay in evaluation
+    mode but for the flag that makes transformers ask for checkpointing.
+    """
+    if not enabled:
+        yield
+        return
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    assert layers, f"{type(model).__name__} has no layers that can be recomputed"
+
+    def run(function: partial[Any], *args: Any) -> Any:
+        return recomputed(model, adapter, _evaluating(function), *args)
+
+    for layer in layers:
+        layer.gradient_checkpointing, layer.training = True, True
+        layer._gradient_checkpointing_func = run  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.gradient_checkpointing
+            layer.training = False
+
+
+def _evaluating(function: partial[Any]) -> Callable[..., Any]:
+    """A layer's bound forward, in evaluation mode as the layer's sub-modules are (dropout)."""
+    layer: nn.Module = function.args[0]
+
+    def run(*args: Any) -> Any:
+        layer.training = False
+        return function(*args)
+
+    return run
+
+
+def _contexts(
+    model: Any, adapter: str | None
+) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    return nullcontext(), _with_adapter(model, adapter)
+
+
+@contextmanager
+def _with_adapter(model: Any, adapter: str | None) -> Iterator[None]:
+    activate(model, adapter)
+    yield

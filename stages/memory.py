@@ -1,0 +1,271 @@
+"""What a run costs: memory by stage and role, and disk, predicted from the config alone.
+
+The models of each stage are built by the stage's own code, on torch's meta device, so that who
+shares what is decided in one place; nothing is loaded.
+"""
+
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from pipeline.config import function_reference
+from pipeline.models import adapters
+from pipeline.models.empty import empty_decoder
+from pipeline.models.footprint import Footprint, Roles, expected
+from pipeline.models.loading import explain_load_errors, torch_dtype
+from pipeline.models.store import HANDLE, ModelStore, find_artifact
+from pipeline.models.trunk import BaseOrigin, Handle, Role, Trunk
+from pipeline.runfolder import read_json
+from stages.config import RunConfig
+
+STAGES_WITH_MODELS = ("sft", "reward", "ppo")
+
+
+def predicted_footprint(config: RunConfig, stage: str) -> Footprint | None:
+    """What the roles of a stage will cost while it trains; None of a stage that trains nothing.
+
+    Raises:
+        PipelineError: a model that the config names cannot be looked at.
+    """
+    if stage not in STAGES_WITH_MODELS:
+        return None
+    with torch.device("meta"):
+        rehearsal = Rehearsal(config)
+        roles, trained = getattr(rehearsal, stage)()
+        return expected(roles, trained)
+
+
+class Rehearsal:
+    """The models of a run, stage by stage, without memory."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.store = ModelStore(config.model, config.data, "meta")
+        self._bases: dict[str, Handle] = {}
+
+    def sft(self) -> tuple[Roles, list[nn.Parameter]]:
+        """Roles of the SFT stage, and what it trains."""
+        handle = self.sft_handle()
+        roles = {"sft": handle}
+        if handle.role.adapter is not None:
+            roles = {"base": handle.with_role("base", adapter=None), "sft": handle}
+        return roles, handle.parameters()
+
+    def reward(self) -> tuple[Roles, list[nn.Parameter]]:
+        """Roles of the reward stage, and what it trains."""
+        section = self.config.reward
+        sft = self.sft_handle()
+        handle = self.reward_handle(sft)
+        starts_here = section.start == "sft" or section.normalisation.mode != "none"
+        roles = {"sft": sft, "reward": handle} if starts_here else {"reward": handle}
+        return roles, _without_output_layer(handle, handle.parameters())
+
+    def ppo(self) -> tuple[Roles, list[nn.Parameter]]:
+        """Roles of the PPO stage, and what it trains."""
+        from pipeline.rewards import ModelReward
+        from stages.ppo.models import build_models
+        from stages.ppo.update import ActorCritic
+
+        config = self.config
+        policy = config.ppo.policy
+        start = self.sft_handle() if policy is None else self._opened(policy, "sft")
+        start = start.with_role("policy", head=None)
+        rewards = self._rewards(start)
+        source: Any = ModelReward(rewards) if isinstance(rewards, Handle) else None
+        models = build_models(start, source, config, self.store)
+        actor_critic = ActorCritic(models.policy, models.value)
+        value = actor_critic.value_parameters()
+        if not actor_critic.shared:
+            value = _without_output_layer(models.value, value)
+        roles = dict(models.roles(source))
+        if isinstance(rewards, nn.Module):
+            roles["reward"] = rewards
+        return roles, [*actor_critic.policy_parameters(), *value]
+
+    # --- handles ---
+
+    def sft_handle(self) -> Handle:
+        """The SFT stage's result."""
+        config = self.config
+        if config.sft.tuning == "lora":
+            return self.store.trainable_copy(self._base(), "sft", "lora", config.lora)
+        # Trained in full, the base is no longer the base: whoever asks for it gets another.
+        return self._load("").with_role("sft")
+
+    def reward_handle(self, sft: Handle) -> Handle:
+        """The reward stage's result."""
+        section = self.config.reward
+        start = sft if section.start == "sft" else self._base()
+        handle = self.store.trainable_copy(start, "reward", section.tuning, self.config.lora)
+        name = handle.role.adapter or "reward"
+        handle.trunk.add_head(name)
+        return handle.with_role("reward", head=name)
+
+    def _rewards(self, start: Handle) -> Handle | nn.Module | None:
+        """A reward model of ours, one of another making, or None of a function."""
+        resource = self.config.ppo.rewards
+        if resource is None:
+            own = self.config.ppo.policy is None
+            return self.reward_handle(start if own else self.sft_handle())
+        if function_reference(resource) is not None:
+            return None
+        if find_artifact(resource, "reward") is not None:
+            return self._opened(resource, "reward")
+        return _classifier(resource, self.config)
+
+    def _opened(self, resource: str, stage: str) -> Handle:
+        """What `ModelStore.resolve` would open, from its JSON files alone."""
+        artifact = find_artifact(resource, stage)
+        if artifact is None:
+            folder = Path(resource)
+            if not (folder / "adapter_config.json").exists():
+                return self._base(resource)
+            named = read_json(folder / "adapter_config.json")["base_model_name_or_path"]
+            return self._adapted(named, [folder, folder.parent], folder, "policy")
+        info = read_json(artifact / HANDLE)
+        if info["base"] is None:
+            handle = self._base(str(artifact / "model"))
+        else:
+            named = info["base"]["path"]
+            handle = self._adapted(named, [artifact], artifact / "adapter", info["role"])
+        if info["head"] is None:
+            return handle
+        handle.trunk.add_head(info["head"])
+        return handle.with_role(info["role"], head=info["head"])
+
+    def _adapted(self, base: str, places: Sequence[Path], folder: Path, name: str) -> Handle:
+        """A base by its id, or by its path from one of `places`, with the adapter of a folder."""
+        from peft import LoraConfig
+
+        beside = [(place / base).resolve() for place in places]
+        handle = self._base(next((str(path) for path in beside if path.is_dir()), base))
+        model = handle.trunk.model
+        name = f"{name}-{len(adapters.adapter_names(model))}"
+        adapters.add_adapter(model, name, LoraConfig.from_pretrained(str(folder)))
+        return handle.with_role(name, adapter=name)
+
+    def _base(self, path: str = "") -> Handle:
+        """The base of the run, or that of a folder or Hub id; the same one whoever asks."""
+        key = path if path != self.config.model.path else ""
+        if key not in self._bases:
+            self._bases[key] = self._load(key)
+        return self._bases[key]
+
+    def _load(self, path: str) -> Handle:
+        model = empty_decoder(self.config.model, path or None)
+        trunk = Trunk(model, BaseOrigin(path, path))
+        trunk.freeze()
+        return Handle(trunk, Role("base"), cast(Any, None))  # no text, so no codec
+
+
+def _classifier(path: str, config: RunConfig) -> nn.Module:
+    """A reward model of another making, as `SequenceClassificationReward` loads it."""
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    code = config.model.trust_remote_code
+    with explain_load_errors(path, None):
+        shape = AutoConfig.from_pretrained(path, trust_remote_code=code)
+        model: nn.Module = AutoModelForSequenceClassification.from_config(
+            shape, dtype=torch_dtype(config.model.dtype), trust_remote_code=code
+        )
+    return model.requires_grad_(False)
+
+
+def _without_output_layer(handle: Handle, parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+    """What has a gradient where hidden states alone are read: not an output layer of its own."""
+    model = handle.trunk.model
+    tied = model.get_input_embeddings().weight
+    output = {id(p) for p in model.get_output_embeddings().parameters() if p is not tied}
+    return [parameter for parameter in parameters if id(parameter) not in output]
+
+
+# --- disk -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Files:
+    """Weight files that a stage leaves, or holds at most while it runs."""
+
+    stage: str
+    what: str
+    size: int  # bytes
+
+
+def predicted_files(config: RunConfig, stages: Sequence[str]) -> list[Files]:
+    """The weight files of a run; tokenizers, metrics and samples are not counted.
+
+    Raises:
+        PipelineError: a model that the config names cannot be looked at.
+    """
+    with torch.device("meta"):
+        return list(_files(config, stages))
+
+
+def _files(config: RunConfig, stages: Sequence[str]) -> Iterator[Files]:
+    rehearsal = Rehearsal(config)
+    if "sft" in stages:
+        yield Files("sft", "artifact", _saved(rehearsal.sft()[0]["sft"]))
+    if "reward" in stages:
+        yield Files("reward", "artifact", _saved(rehearsal.reward()[0]["reward"]))
+    if not {"ppo", "export"} & set(stages):
+        return
+    policy = rehearsal.ppo()[0]["policy"]
+    size = _saved(policy)
+    if "ppo" in stages:
+        yield Files("ppo", "artifact", size)
+        yield Files("ppo", "checkpoints: the best policy and the last", 2 * size)
+    if "export" in stages:
+        yield from _exported(config, size, tuned_in_full=config.ppo.tuning == "full")
+
+
+def _exported(config: RunConfig, policy: int, *, tuned_in_full: bool) -> Iterator[Files]:
+    if tuned_in_full:
+        yield Files("export", "merged/", policy)
+        return
+    plain = config.model.model_copy(update={"quantization": "none"})
+    rehearsal = Rehearsal(config.model_copy(update={"model": plain}))
+    start = rehearsal.ppo()[0]["reference"]
+    assert isinstance(start, Handle)
+    base = _saved(start.with_role("base", adapter=None))
+    if config.export.adapter:
+        yield Files("export", "adapter/", policy)
+        if _run_made_the_base(config):
+            yield Files("export", "base/", base)
+    if config.export.merged:
+        yield Files("export", "merged/", base)
+
+
+def _run_made_the_base(config: RunConfig) -> bool:
+    """Whether the policy's adapter stands on weights that a run of ours trained."""
+    if config.ppo.policy is None:
+        return config.sft.tuning == "full"
+    artifact = find_artifact(config.ppo.policy, "sft")
+    return artifact is not None and read_json(artifact / HANDLE)["base"] is None
+
+
+def _saved(handle: Handle | nn.Module) -> int:
+    """Bytes of the tensors that `ModelStore.save` writes for a handle."""
+    assert isinstance(handle, Handle)
+    trunk, role = handle.trunk, handle.role
+    if role.adapter is None:
+        state = [tensor for _, tensor in trunk.base_state()]
+    else:
+        state = list(adapters.adapter_parameters(trunk.model, role.adapter))
+    if role.head is not None:
+        state += trunk.heads[role.head].state_dict().values()
+    # Tied weights are written once.
+    sizes = {t.untyped_storage()._cdata: t.numel() * t.element_size() for t in state}
+    return sum(sizes.values())
+
+
+def free_disk(folder: Path) -> int:
+    """Free bytes of the disk that a run's folder lies on, or would lie on."""
+    folder = folder.resolve()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
