@@ -89,18 +89,26 @@ def pad_numbers(
     return torch.tensor(padded, dtype=dtype, device=device)
 
 
-def micro_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
+def micro_batches(
+    lengths: Sequence[int], token_budget: int, *, packed: bool = False
+) -> list[list[int]]:
     """Row indices in micro-batches of at most `token_budget` tokens, padding counted.
+
+    Packed rows have no padding.
 
     Rows are sorted by length, so that padding is small; a row longer than the budget goes alone.
     The longest come first: if memory is short, the first micro-batch shows it.
     """
     order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
     batches: list[list[int]] = []
+    size = 0  # tokens of the last micro-batch, this row included
     for row in order:
         # Descending order: the first row of a micro-batch is its width.
-        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= token_budget:
+        width = lengths[row] if packed or not batches else lengths[batches[-1][0]]
+        size += width
+        if batches and size <= token_budget:
             batches[-1].append(row)
         else:
             batches.append([row])
+            size = lengths[row]
     return batches

@@ -31,7 +31,7 @@ def infer(
 
     def attempt(tokens: int) -> dict[str, Tensor]:
         out: dict[str, Tensor] = {}
-        for rows in micro_batches(lengths, tokens):
+        for rows in micro_batches(lengths, tokens, packed=handle.trunk.packs):
             part = handle(batch.take(rows), want, temperature)
             for name in want:
                 found: Tensor = getattr(part, name).to(batch.response_ids.device)

@@ -18,7 +18,8 @@ from pipeline.batches import TokenBatch
 class Joined:
     """Model inputs with the places of the response in them (T positions a row)."""
 
-    inputs: dict[str, Tensor]  # keyword arguments of the model's forward, (B, T) each
+    inputs: dict[str, Tensor]  # keyword arguments of the model's forward, (B, T) or (1, N) each
+    rows: Tensor  # (B,): row of the model's input in which a sample lies
     predictors: Tensor  # (B, R): position whose hidden state predicts response token t
     last: Tensor  # (B,): position of the last response token
 
@@ -57,4 +58,65 @@ class DecoderJoiner:
         response_columns = torch.arange(batch.response_ids.shape[1], device=device)
         first = prompt_lengths + shift - 1  # (B, 1): the prompt's last token predicts token 0
         predictors = (first + response_columns).clamp(max=width - 1)
-        return Joined(inputs, predictors, (lengths.unsqueeze(1) + shift - 1).squeeze(1))
+        rows = torch.arange(len(batch), device=device)
+        return Joined(inputs, rows, predictors, (lengths.unsqueeze(1) + shift - 1).squeeze(1))
+
+
+# Attention that finds the sequences in a packed row by its position ids, without a mask.
+PACKING_ATTENTION = {"flash_attention_2", "flash_attention_3", "flex_attention"}
+# Families whose position ids reach it, each held to it by a test: where they do not (GPT-2, OPT),
+# the sequences of a packed row would read one another without a word.
+PACKED_FAMILIES = frozenset(
+    {
+        "cohere",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "granite",
+        "llama",
+        "mistral",
+        "mixtral",
+        "olmo2",
+        "phi",
+        "phi3",
+        "qwen2",
+        "qwen3",
+        "qwen3_moe",
+        "smollm3",
+        "stablelm",
+        "starcoder2",
+    }
+)
+
+
+class PackedJoiner:
+    """All prompts and responses of a batch as one row without padding.
+
+    Position ids start again at each sequence; transformers' variable-length attention keeps the
+    sequences apart.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.takes_positions = True
+        self.padded = DecoderJoiner(model)
+
+    def __call__(self, batch: TokenBatch) -> Joined:
+        """Join B prompts and responses of N tokens in all: inputs are (1, N)."""
+        ids = self.padded(batch).inputs["input_ids"]  # (B, T)
+        lengths = batch.prompt_lengths + batch.response_lengths
+        columns = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        mask = columns < lengths.unsqueeze(1)
+        starts = lengths.cumsum(0) - lengths  # (B,)
+        response_columns = torch.arange(batch.response_ids.shape[1], device=ids.device)
+        first = (starts + batch.prompt_lengths - 1).unsqueeze(1)
+        inputs = {"input_ids": ids[mask].unsqueeze(0), "position_ids": columns[mask].unsqueeze(0)}
+        predictors = (first + response_columns).clamp(max=int(lengths.sum()) - 1)
+        return Joined(inputs, torch.zeros_like(lengths), predictors, starts + lengths - 1)
+
+
+def make_joiner(model: Any) -> DecoderJoiner | PackedJoiner:
+    """The joiner of a model: packed where its attention can keep packed sequences apart."""
+    attention = getattr(model.config, "_attn_implementation", None)
+    if attention in PACKING_ATTENTION and model.config.model_type in PACKED_FAMILIES:
+        return PackedJoiner(model)
+    return DecoderJoiner(model)

@@ -13,7 +13,7 @@ from pipeline.batches import TokenBatch
 from pipeline.codec import Codec
 from pipeline.models.adapters import activate, adapter_names, adapter_parameters, is_of
 from pipeline.models.heads import ScalarHead
-from pipeline.models.joiner import DecoderJoiner
+from pipeline.models.joiner import PackedJoiner, make_joiner
 from pipeline.models.passes import body, recomputed, recomputing, tail
 from pipeline.tensors import entropy, token_logprobs
 
@@ -95,7 +95,7 @@ class Trunk(nn.Module):
         self.heads = nn.ModuleDict()
         self.origin = origin
         self.tokenizer: Any = None  # the one that came with the base, if it was loaded
-        self.joiner = DecoderJoiner(model)
+        self.joiner = make_joiner(model)
         self.recompute = False  # activations of the layers, in the backward pass (checkpointing)
 
     # --- computation ---
@@ -123,11 +123,10 @@ class Trunk(nn.Module):
         mask = batch.response_mask
         out = TrunkOutput()
         if "scores" in want:
-            rows = torch.arange(len(batch), device=mask.device)
-            out.scores = self._head(role)(hidden[rows, joined.last])
+            out.scores = self._head(role)(hidden[joined.rows, joined.last])
         if "values" in want or "logprobs" in want or "entropy" in want:
             b_n, r_n = mask.nonzero(as_tuple=True)
-            hidden_nd = hidden[b_n, joined.predictors[b_n, r_n]]
+            hidden_nd = hidden[joined.rows[b_n], joined.predictors[b_n, r_n]]
         if "values" in want:
             out.values = _scatter(self._head(role)(hidden_nd), mask)
         if "logprobs" in want or "entropy" in want:
@@ -202,6 +201,11 @@ class Trunk(nn.Module):
         wide = self.model.dtype in (torch.float32, torch.float64)
         wide = wide and not getattr(self.model, "is_loaded_in_8bit", False)
         return wide and not torch.is_autocast_enabled(self.device.type)
+
+    @property
+    def packs(self) -> bool:
+        """Whether a batch passes without padding: it then costs its tokens, not its rectangle."""
+        return isinstance(self.joiner, PackedJoiner)
 
     def token_budget(self, setting: int | None) -> int:
         """Tokens of a micro-batch: the setting, or as many as suit the device.

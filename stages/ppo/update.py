@@ -119,6 +119,7 @@ class Updater:
         self.device = trunk.device
         # Tokens of a micro-batch; halved where memory runs out.
         self.micro_batch_tokens = trunk.token_budget(section.micro_batch_tokens)
+        self.packs = all(trunk.packs for trunk in actor_critic.distinct_trunks())
         for trunk in actor_critic.distinct_trunks():
             trunk.recompute = section.gradient_checkpointing
         self.groups = {
@@ -234,7 +235,7 @@ class Updater:
         lengths = experience.rollout.batch.lengths
         local_tokens = experience.rollout.batch.response_lengths[rows].sum()
         tokens = float(self.runtime.all_sum(local_tokens))
-        parts = micro_batches([lengths[row] for row in rows], self.micro_batch_tokens)
+        parts = self._micro_batches([lengths[row] for row in rows])
         measured: list[Tensor] = []
         for number, part in enumerate(parts):
             chosen = [rows[position] for position in part]
@@ -247,6 +248,9 @@ class Updater:
         totals = self.runtime.all_sum(stacked[:, :-1].sum(0)).tolist()
         ratio_max = max(self.runtime.gather_objects([float(stacked[:, -1].max())]))
         return tokens, dict(zip(SUMS, totals, strict=True)), ratio_max
+
+    def _micro_batches(self, lengths: Sequence[int]) -> list[list[int]]:
+        return micro_batches(lengths, self.micro_batch_tokens, packed=self.packs)
 
     def _losses(
         self, experience: Experience, rows: list[int], train_policy: bool
@@ -304,7 +308,7 @@ class Updater:
     def _accumulate_demonstrations(self, batch: TokenBatch) -> None:
         """Gradients of ptx_coef x mean NLL of drawn demonstrations (InstructGPT, eq. 2)."""
         tokens = float(self.runtime.all_sum(batch.response_lengths.sum()))
-        parts = micro_batches(batch.lengths, self.micro_batch_tokens)
+        parts = self._micro_batches(batch.lengths)
         for position, rows in enumerate(parts):
             with self.runtime.autocast():
                 part = batch.take(rows)

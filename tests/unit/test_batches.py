@@ -64,3 +64,10 @@ def test_inference_is_in_the_order_of_the_batch_whatever_the_budget(make_handle,
             )
             assert not found["logprobs"][row, width:].any()
             assert found["scores"][row] == pytest.approx(alone.scores[0].item(), abs=1e-12)
+
+
+def test_packed_micro_batches_count_tokens_only():
+    lengths = [5, 9, 2, 8, 1]
+    assert micro_batches(lengths, 17) == [[1], [3, 0], [2, 4]]  # 9; 2 x 8; 2 x 2
+    assert micro_batches(lengths, 17, packed=True) == [[1, 3], [0, 2, 4]]  # 9 + 8; 5 + 2 + 1
+    assert micro_batches(lengths, 4, packed=True) == [[1], [3], [0], [2, 4]]
