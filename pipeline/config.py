@@ -110,6 +110,11 @@ class RunSection(Section):
     device: Literal["auto", "cpu"] = Field(
         "auto", description="`auto` takes the accelerator if there is one; `cpu` never does."
     )
+    cuda_graphs: bool = Field(
+        True,
+        description="On CUDA, decoding replays captured graphs; off for models that cannot be.",
+        json_schema_extra=NOT_IN_KEY,
+    )
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "comet_ml", "aim"], ...] = Field(
         ("tensorboard",), description="Trackers that get the metrics besides metrics.jsonl."
     )

@@ -20,8 +20,9 @@ class LocalEngine:
     name = "local"
     deterministic = True
 
-    def __init__(self, rows_at_once: int = 128) -> None:
+    def __init__(self, rows_at_once: int = 128, *, cuda_graphs: bool = True) -> None:
         self.rows_at_once = rows_at_once
+        self.cuda_graphs = cuda_graphs
 
     def generate(
         self,
@@ -35,10 +36,12 @@ class LocalEngine:
         Raises:
             TrainingError: the model's logits are not finite, or one row alone does not fit.
         """
-        kind = serving(handle, sampling)
+        native = serving(handle, sampling) is NativeEngine
 
         def attempt(rows: int) -> Generations:
-            return kind(rows).generate(handle, prompt_ids, sample_indices, sampling)
+            engine = NativeEngine(rows, cuda_graphs=self.cuda_graphs)
+            serves = engine if native else StaticEngine(rows)
+            return serves.generate(handle, prompt_ids, sample_indices, sampling)
 
         remedy = "one response does not fit: shorten the prompts or the responses"
         found, self.rows_at_once = halving(attempt, self.rows_at_once, 1, remedy, undo=lambda: None)

@@ -30,9 +30,19 @@ class NativeEngine:
     name = "native"
     deterministic = True
 
-    def __init__(self, max_rows: int = 128, prefill_tokens: int | None = None) -> None:
+    def __init__(
+        self,
+        max_rows: int = 128,
+        prefill_tokens: int | None = None,
+        *,
+        cuda_graphs: bool = True,
+        fixed_shapes: bool = False,
+    ) -> None:
+        """`cuda_graphs`: on CUDA, replay steps as graphs; `fixed_shapes`: their steps, anywhere."""
         self.max_rows = max_rows
         self.prefill_tokens = prefill_tokens
+        self.cuda_graphs = cuda_graphs
+        self.fixed_shapes = fixed_shapes
 
     @torch.no_grad()
     def generate(
@@ -50,7 +60,16 @@ class NativeEngine:
         assert len(prompt_ids) == len(sample_indices)
         assert sampling.is_plain, sampling
         budget = handle.trunk.token_budget(self.prefill_tokens)
-        writing = _Writing(handle, prompt_ids, sample_indices, sampling, self.max_rows, budget)
+        graphs = self.cuda_graphs and handle.trunk.device.type == "cuda"
+        writing = _Writing(
+            handle,
+            prompt_ids,
+            sample_indices,
+            sampling,
+            self.max_rows,
+            budget,
+            self.fixed_shapes or graphs,
+        )
         while writing.waiting or writing.rows:
             if writing.has_room:
                 writing.join()
@@ -78,9 +97,11 @@ class _Writing:
     sampling: Sampling
     max_rows: int
     prefill_tokens: int
+    fixed_shapes: bool
     rows: list[_Row] = field(default_factory=list)  # in the order of their slots
 
     def __post_init__(self) -> None:
+        from pipeline.generation.graphs import FixedSteps
         from pipeline.generation.slots import SlotCache
 
         count = len(self.prompt_ids)
@@ -92,6 +113,7 @@ class _Writing:
         longest = max(lengths, default=0) + self.sampling.max_new_tokens
         layers: int = model.config.get_text_config().num_hidden_layers
         self.cache = SlotCache(layers, self.max_rows, int(longest * (1 + SLACK)) + 1)
+        self.fixed = FixedSteps(self.handle, self.cache) if self.fixed_shapes else None
         # Tokens and noise keys of the rows, in the order of their slots.
         self.tokens = torch.empty(0, dtype=torch.long, device=self.device)
         self.keys = torch.empty(0, dtype=torch.long, device=self.device)
@@ -150,16 +172,24 @@ class _Writing:
             distance = cache.shift()
             for row in self.rows:
                 row.start -= distance
-        starts = torch.tensor([row.start for row in self.rows], device=self.device)
-        mask = None
-        if any(row.start != cache.start for row in self.rows):
-            columns = torch.arange(cache.start, cache.stop + 1, device=self.device)
-            mask = columns >= starts.unsqueeze(1)  # (A, T)
-        positions = (cache.stop - starts).unsqueeze(1)
-        result = self.handle.decode(DecodeStep(self.tokens.unsqueeze(1), positions, mask, cache))
+        starts = [row.start for row in self.rows]
+        if self.fixed is not None:
+            result = self.fixed(self.tokens, starts, cache.stop)
+        else:
+            result = self.handle.decode(self._next_step(starts))
         cache.stop += 1
         self.tokens = self._choose(self.rows, self.keys, result)
         self._leave()
+
+    def _next_step(self, starts: list[int]) -> DecodeStep:
+        """Every row's newest token, over the columns that a row needs."""
+        cache = self.cache
+        begin = torch.tensor(starts, device=self.device).unsqueeze(1)
+        mask = None
+        if any(start != cache.start for start in starts):
+            columns = torch.arange(cache.start, cache.stop + 1, device=self.device)
+            mask = columns >= begin  # (A, T)
+        return DecodeStep(self.tokens.unsqueeze(1), cache.stop - begin, mask, cache)
 
     def _choose(self, rows: Sequence[_Row], keys: Tensor, result: DecodeOutput) -> Tensor:
         """Next tokens (A,) of `rows`; writes them, and their numbers, into the responses."""

@@ -30,7 +30,7 @@ def open_engine(
         ConfigError: the variable that should hold the server's key is not set.
     """
     if name == "native":
-        return LocalEngine(rows_at_once)
+        return LocalEngine(rows_at_once, cuda_graphs=runtime.run.cuda_graphs)
     key = None
     if vllm.api_key_env is not None:
         key = os.environ.get(vllm.api_key_env)

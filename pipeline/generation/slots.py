@@ -11,6 +11,7 @@ ends in that column; a row that leaves makes room for the last one. Nothing is c
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,12 +27,26 @@ class SlotCache(Cache):
         self.rows = 0  # slots [0, rows) are being written
         self.joining = 0  # slots [rows, rows + joining) are being filled with prompts
         self.start = self.stop = 0
+        # Of steps of fixed shape (`graphs`): how many columns they see, and where they write.
+        self.width: int | None = None
+        self.column: Tensor | None = None
         super().__init__(layers=[_SlotLayer(self) for _ in range(layers)])
 
     @property
     def past(self) -> int:
         """Columns before the tokens of this pass."""
         return 0 if self.joining else self.stop - self.start
+
+    @contextmanager
+    def fixed(self, width: int) -> Iterator[None]:
+        """Within it, a pass decodes all slots over the first `width` columns."""
+        self.width = width
+        self._set_compileable(True)
+        try:
+            yield
+        finally:
+            self.width = None
+            self._set_compileable(False)
 
     def joined(self) -> None:
         """The prompts of this pass are written: their rows go on with the others."""
@@ -64,6 +79,11 @@ class SlotCache(Cache):
         self.start, self.stop = 0, self.stop - distance
         return distance
 
+    def _set_compileable(self, value: bool) -> None:
+        """Whether transformers builds the mask without looking into it, which would be a wait."""
+        for layer in self.layers:
+            layer.is_compileable = value
+
     def _buffers(self) -> Iterator[Tensor]:
         for layer in self.layers:
             assert isinstance(layer, _SlotLayer)
@@ -86,7 +106,9 @@ class _SlotLayer(CacheLayerMixin):
         def buffer(states: Tensor) -> Tensor:
             _, heads, _, width = states.shape
             shape = (self.cache.max_rows, heads, self.cache.capacity, width)
-            return torch.empty(shape, dtype=states.dtype, device=states.device)
+            # Steps of fixed shape read every column, if only to count it 0 times.
+            make = torch.empty if self.cache.column is None else torch.zeros
+            return make(shape, dtype=states.dtype, device=states.device)
 
         self.keys, self.values = buffer(key_states), buffer(value_states)
         self.is_initialized = True
@@ -109,6 +131,11 @@ class _SlotLayer(CacheLayerMixin):
             self.keys[rows, :, columns] = key_states
             self.values[rows, :, columns] = value_states
             return key_states, value_states
+        if cache.width is not None:
+            assert cache.column is not None
+            self.keys.index_copy_(2, cache.column, key_states)
+            self.values.index_copy_(2, cache.column, value_states)
+            return self.keys[:, :, : cache.width], self.values[:, :, : cache.width]
         rows, seen = slice(0, cache.rows), slice(cache.start, cache.stop + 1)
         self.keys[rows, :, cache.stop] = key_states[:, :, 0]
         self.values[rows, :, cache.stop] = value_states[:, :, 0]
@@ -116,11 +143,13 @@ class _SlotLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Columns that the mask covers, and the first of them."""
+        if self.cache.width is not None:
+            return self.cache.width, 0
         return self.cache.past + query_length, 0
 
-    def get_seq_length(self) -> int:
-        """Columns before this pass."""
-        return self.cache.past
+    def get_seq_length(self) -> Any:
+        """Columns before this pass; a tensor in steps of fixed shape, as in a static cache."""
+        return self.cache.past if self.cache.width is None else self.cache.column
 
     def get_max_length(self) -> int:
         """Columns there are."""

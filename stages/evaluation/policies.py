@@ -8,7 +8,7 @@ from typing import Any
 from pipeline.batches import TokenBatch
 from pipeline.codec import Codec
 from pipeline.errors import ConfigError
-from pipeline.generation import LocalEngine, Sampling
+from pipeline.generation import Engine, Sampling
 from pipeline.inference import infer
 from pipeline.models.trunk import Handle
 from pipeline.records import Prompt
@@ -77,6 +77,7 @@ class Panel:
         section: EvaluationSection,
         prompts: Sequence[Prompt],
         codec: Codec,
+        engine: Engine,
         seed: int,
         rewards: RewardSource,
         gold: RewardSource | None,
@@ -84,6 +85,7 @@ class Panel:
         self.section = section
         self.prompts = list(prompts)
         self.codec = codec
+        self.engine = engine
         self.rewards = rewards
         self.gold = gold
         self.prompt_ids = [codec.prompt_ids(prompt.prompt) for prompt in self.prompts]
@@ -121,8 +123,9 @@ class Panel:
     def _draw(self, policy: Handle, n: int) -> Completions:
         """n responses to each prompt; response j to prompt i stands in row i + j * N."""
         prompt_ids = self.prompt_ids * n
-        engine = LocalEngine(self.section.generation_rows)
-        drawn = engine.generate(policy, prompt_ids, list(range(len(prompt_ids))), self.sampling)
+        drawn = self.engine.generate(
+            policy, prompt_ids, list(range(len(prompt_ids))), self.sampling
+        )
         return Completions.decode(
             self.codec, self.prompts * n, prompt_ids, drawn.response_ids, drawn.ended
         )

@@ -25,6 +25,7 @@ from typing import Any
 
 from pipeline.codec import PROMPTS_CUT, Codec
 from pipeline.errors import DataError, TrainingError
+from pipeline.generation import LocalEngine
 from pipeline.models.trunk import Handle
 from pipeline.records import Prompt, Ranking
 from pipeline.rewards import Completions, FunctionReward, ModelReward, RewardSource, open_reward
@@ -76,6 +77,9 @@ class EvaluationStage:
             config.evaluation,
             _held_out(context),
             sft.codec,
+            LocalEngine(
+                config.evaluation.generation_rows, cuda_graphs=context.runtime.run.cuda_graphs
+            ),
             context.runtime.seed(self.name),
             self._rewards(context),
             gold,

@@ -215,7 +215,7 @@ def normalise(
     share = runtime.share(len(chosen))
     own = [chosen[index] for index in share]
     with runtime.autocast():
-        drawn = LocalEngine().generate(sft, own, share, sampling)
+        drawn = LocalEngine(cuda_graphs=runtime.run.cuda_graphs).generate(sft, own, share, sampling)
     completions = Completions.decode(
         sft.codec, [Prompt(prompts[ids]) for ids in own], own, drawn.response_ids, drawn.ended
     )
