@@ -1,0 +1,104 @@
+"""The scaling benchmark: its expectations, its slopes, and a small run."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.ppo_peer.flops import Cost
+from benchmarks.ppo_peer.meter import PHASES
+from benchmarks.ppo_scaling.points import FLOAT, Point, expected_flops, working_bytes
+from benchmarks.scaling import SLOPES, fit
+
+ROOT = Path(__file__).parents[2]
+SMALL = Point("full", prompt_tokens=2, response_tokens=3, prompts=2, responses_per_prompt=2)
+
+
+def test_flops_by_hand() -> None:
+    """2 prompts of 2 tokens, 2 responses of 3 tokens each; 10 FLOPs a token, 100 for its logits."""
+    model = Cost(trunk=10, head=100, pair=1)
+    # Prefill: 10 x 2 + pairs 3, for 2 prompts. Decoding: 110 x 3 + pairs 3 + 4 + 5, for 4 rows.
+    rollout = 2 * 23 + 4 * 342
+    # Three passes of 10 x 5 + pairs 15, and logits of 3 tokens.
+    scoring = 4 * (3 * 65 + 300)
+    # Policy and value, three passes' worth each, and the policy's logits.
+    update = 4 * (2 * 3 * 65 + 3 * 300)
+    found = expected_flops(SMALL, model, adapter=0)
+    assert found == {"rollout": rollout, "scoring": scoring, "update": update}
+    # 2 adapter weights: 4 FLOPs a token forward, 12 trained; the base's backward pass costs one.
+    lora = expected_flops(replace(SMALL, tuning="lora"), model, adapter=2)
+    assert lora["rollout"] == rollout + 2 * 4 * 2 + 4 * 4 * 3
+    assert lora["scoring"] == scoring + 4 * 3 * 4 * 5
+    assert lora["update"] == 4 * (2 * ((20 + 12) * 5 + 45) + 2 * 300)
+
+
+def test_kept_activations_are_those_of_autograd() -> None:
+    """What the formula says that the layers keep, against the storages that autograd saves."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    point = Point("full", 32, 32, prompts=4, width=64, layers=3, vocabulary=64)
+    shape = point.shape
+    config = AutoConfig.for_model("llama", vocab_size=shape.vocabulary, **shape.fields)
+    model = AutoModelForCausalLM.from_config(config)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage  # held, so that no address is used twice
+        return tensor
+
+    ids = torch.randint(2, 64, (point.rows, point.tokens))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.get_decoder()(input_ids=ids, use_cache=False)
+    found = sum(storage.nbytes() for storage in kept.values())
+    both = working_bytes(point, point.rows * point.tokens, trained=0, chunk=0)["update"]
+    assert both / 2 == pytest.approx(found, rel=0.15)
+
+
+def test_chunks_bound_the_logits() -> None:
+    """64 response tokens x 32,768 words are 2^21 numbers: one chunk, or a fourth of it."""
+    point = Point("full", 64, 64, prompts=1, vocabulary=32_768)
+    whole = working_bytes(point, 128, trained=0, chunk=1 << 24)
+    bounded = working_bytes(point, 128, trained=0, chunk=1 << 19)
+    assert whole["scoring"] - bounded["scoring"] == FLOAT * (2**21 - 2**19)
+    assert whole["update"] - bounded["update"] == 2 * FLOAT * (2**21 - 2**19)
+
+
+def test_slopes_are_exponents_of_the_upper_points() -> None:
+    """y = 3 x^1.5 above 8, a constant below; seconds grow faster than FLOPs, memory does not."""
+    found: list[dict[str, Any]] = []
+    for value in (1, 2, 4, 8, 16):
+        numbers = dict.fromkeys(PHASES, 3.0 * max(value, 4) ** 1.5)
+        linear = dict.fromkeys(PHASES, 5.0 * value)
+        point = {"prompts": value, "tuning": "full"}
+        row: dict[str, Any] = {"point": point, **dict.fromkeys(SLOPES, linear)}
+        found.append(row | {"cpu_seconds": numbers})
+    for row in fit("prompts", found):
+        assert row["slopes"]["cpu_seconds"] == pytest.approx(1.5)
+        assert row["slopes"]["peak_mb"] == pytest.approx(1.0)
+        assert row["above"] == ["cpu_seconds"]
+
+
+@pytest.mark.slow
+def test_a_small_run(tmp_path: Path) -> None:
+    """Responses per prompt, tiny: rows for each phase, and as much work as the rows say."""
+    out = tmp_path / "scaling.json"
+    command = [sys.executable, str(ROOT / "benchmarks" / "scaling.py"), "--quick"]
+    command += ["--axes", "responses_per_prompt", "--tunings", "lora", "--json", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    numbers = json.loads(out.read_text(encoding="utf-8"))
+    assert [row["phase"] for row in numbers["slopes"]] == list(PHASES)
+    for row in numbers["slopes"][1:]:
+        assert row["slopes"]["flops"] == pytest.approx(1.0)
+    for point in numbers["points"]:
+        assert all(point["cpu_seconds"][phase] > 0 for phase in PHASES)
+        assert point["peak_mb"]["update"] > point["resting_mb"]
+    assert "| responses_per_prompt 1 to 4 | lora | rollout |" in done.stdout
