@@ -97,7 +97,7 @@ def arguments() -> argparse.Namespace:
         metavar="FIELD=VALUE",
         help="settings of our side below `ppo`, in JSON: optim.micro_batch_tokens=4096",
     )
-    parser.add_argument("--micro-rows", type=int, help="rows trained at a time, on both sides")
+    parser.add_argument("--trl-rows", type=int, help="rows that TRL trains at a time (8)")
     parser.add_argument(
         "--trl-value",
         choices=("lora", "full"),
@@ -125,8 +125,8 @@ def chosen(options: argparse.Namespace) -> list[Workload]:
         workload = quick(workload) if options.quick else workload
         settings = {path: json.loads(value) for path, value in pairs}
         workload = replace(workload, ours=workload.ours | settings)
-        if options.micro_rows:
-            workload = replace(workload, micro_rows=options.micro_rows)
+        if options.trl_rows:
+            workload = replace(workload, trl_rows=options.trl_rows)
         found.append(workload)
     return found
 

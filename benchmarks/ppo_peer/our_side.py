@@ -125,7 +125,6 @@ def ppo_section(workload: Workload, value: str) -> Any:
         "optim": {
             "learning_rate": workload.learning_rate,
             "ppo_epochs": workload.ppo_epochs,
-            "micro_batch_tokens": workload.micro_batch_tokens,
         },
     }
     for path, setting in workload.ours.items():

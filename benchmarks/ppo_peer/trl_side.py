@@ -83,13 +83,13 @@ def ending_callback(end_step: Callable[[], None]) -> Any:
 def arguments(workload: Workload, folder: Path, steps: int, device: str) -> Any:
     """TRL's configuration of a workload.
 
-    One minibatch an epoch, accumulated over micro-batches of `micro_rows`: on a CPU as fast as the
+    One minibatch an epoch, accumulated over micro-batches of `trl_rows`: on a CPU as fast as the
     whole minibatch at once, in half the memory. Set for speed: no gradient checkpointing (on by
     default), no sample generations, no saves.
     """
     from trl.experimental.ppo import PPOConfig
 
-    micro_rows = min(workload.micro_rows, workload.prompts)
+    micro_rows = min(workload.trl_rows, workload.prompts)
     return PPOConfig(
         output_dir=str(folder),
         per_device_train_batch_size=micro_rows,

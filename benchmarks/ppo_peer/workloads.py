@@ -101,7 +101,9 @@ class Workload:
     samples_per_second: float | None = None  # a target without a peer
     against_trl: bool = True
     trl_rollout_rows: int = 64  # TRL's local_rollout_forward_batch_size (its default)
-    micro_rows: int = 8  # rows that are trained at a time (TRL's default), on both sides
+    # Rows that TRL trains at a time: its default, and as fast as all at once, in half the memory.
+    # Our side cuts its micro-batches as it does by itself.
+    trl_rows: int = 8
     ours: dict[str, Any] = field(
         default_factory=dict
     )  # settings of speed and memory, by `ppo.` path
@@ -121,11 +123,6 @@ class Workload:
         low, high = self.prompt_tokens
         steps = max(self.prompts - 1, 1)
         return [low + round((high - low) * (i / steps) ** 0.75) for i in range(self.prompts)]
-
-    @property
-    def micro_batch_tokens(self) -> int:
-        """Our side's limit for what `micro_rows` full rows are on TRL's."""
-        return self.micro_rows * (self.prompt_tokens[1] + self.response_tokens)
 
     @property
     def never_ends(self) -> bool:
@@ -234,7 +231,7 @@ def quick(workload: Workload) -> Workload:
         response_tokens=8,
         end_probability=workload.end_probability and 0.2,
         ppo_epochs=2,
-        micro_rows=4,
+        trl_rows=4,
         ours={},
         targets={},
         samples_per_second=None,

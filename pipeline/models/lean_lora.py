@@ -85,5 +85,6 @@ class _LoraProduct(torch.autograd.Function):
         g_low = (g @ b).mul_(s)  # (N, r)
         dx = torch.mm(g, weight).addmm_(g_low, a) if needs_x else None
         da = g_low.t() @ x if needs_a else None
-        db = (g.t() @ low).mul_(s) if needs_b else None
+        # (r, o) first: the other way round is half as fast on wide layers.
+        db = (low.t() @ g).mul_(s).t().contiguous() if needs_b else None
         return dx, None, None, da, db, None

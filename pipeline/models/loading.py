@@ -12,6 +12,7 @@ import torch
 
 from pipeline.config import ArchitectureSection, ModelSection
 from pipeline.errors import ConfigError, ModelError
+from pipeline.models import lean_layers
 from pipeline.runfolder import file_hash
 
 END_TOKEN = "<|end|>"
@@ -60,22 +61,8 @@ def load_pretrained(
         # its scales lose bits, and no gradient goes through it afterwards, without a word.
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False
-    fuse_activations(model)
+    lean_layers.slim(model)
     return model, tokenizer
-
-
-def fuse_activations(model: Any) -> None:
-    """Put torch's one kernel in the place of transformers' GELU of nine operations (`gelu_new`).
-
-    It is the same function to rounding; nine tensors of the widest layer less are kept for the
-    backward pass.
-    """
-    from transformers.activations import NewGELUActivation
-
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if type(child) is NewGELUActivation:
-                setattr(module, name, torch.nn.GELU(approximate="tanh"))
 
 
 def quantised_loading(section: ModelSection, device: torch.device) -> dict[str, Any]:
@@ -173,7 +160,7 @@ def build_from_config(section: ArchitectureSection, tokenizer: Any, dtype: torch
     )
     try:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        fuse_activations(model)
+        lean_layers.slim(model)
         return model
     except (ValueError, RuntimeError, AssertionError) as error:
         raise ConfigError(f"model.architecture cannot be built: {error}") from error
