@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -15,7 +15,7 @@ from pipeline.config import (
     RunSection,
 )
 from pipeline.distributed import Runtime
-from pipeline.generation import NativeEngine
+from pipeline.generation import Engine, NativeEngine
 from pipeline.models.adapters import add_adapter, lora_config
 from pipeline.models.loading import build_from_config, train_tokenizer
 from pipeline.models.store import ModelStore
@@ -46,14 +46,21 @@ class CountsE:
         return [text.count("e") - 0.05 * len(text) for text in completions.texts]
 
 
-def tiny_handle(dtype: torch.dtype = torch.float64, *, adapter: bool = True) -> Handle:
-    """A random 2-layer Llama; with `adapter`, in the role of an adapter that is not zero."""
+def tiny_handle(
+    dtype: torch.dtype = torch.float64, *, adapter: bool = True, spread: float = 1.0
+) -> Handle:
+    """A random 2-layer Llama; with `adapter`, in the role of an adapter that is not zero.
+
+    `spread` multiplies the matrices: at 4, logits are as far from uniform as a trained model's.
+    """
     torch.manual_seed(0)
     tokenizer = train_tokenizer(TEXTS, 300)
     architecture = ArchitectureSection(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48
     )
     trunk = Trunk(build_from_config(architecture, tokenizer, dtype), BaseOrigin("tiny", "tiny"))
+    for parameter in trunk.model.parameters():
+        parameter.data *= spread if parameter.dim() > 1 else 1
     role = Role("policy")
     if adapter:
         add_adapter(trunk.model, "sft", lora_config(LORA))
@@ -96,6 +103,10 @@ class TinyPpo:
         optim: dict[str, Any] | None = None,
         rollout: dict[str, Any] | None = None,
         demonstrations: Sequence[tuple[list[int], list[int]]] = (),
+        dtype: torch.dtype = torch.float64,
+        precision: Literal["no", "bf16"] = "no",
+        stop_ids: frozenset[int] | None = None,
+        spread: float = 1.0,
         **section: Any,
     ) -> None:
         self.section = PpoSection.model_validate(
@@ -106,15 +117,17 @@ class TinyPpo:
                 **section,
             }
         )
-        self.start = tiny_handle(adapter=self.section.tuning == "lora")
+        self.start = tiny_handle(dtype, adapter=self.section.tuning == "lora", spread=spread)
+        if stop_ids is not None:
+            self.start.codec.stop_ids = stop_ids
         self.rewards: RewardSource = tiny_reward(self.start) if reward_model else CountsE()
         config = SimpleNamespace(ppo=self.section, lora=LORA)
         self.models: Models = build_models(self.start, self.rewards, config, store())
         if self.section.tuning == "lora":
             for handle in (self.models.policy, self.models.value):
                 for parameter in handle.parameters():
-                    parameter.data = parameter.data.double()
-        self.runtime = Runtime(RunSection(device="cpu"))
+                    parameter.data = parameter.data.to(self.start.trunk.number_dtype)
+        self.runtime = Runtime(RunSection(device="cpu", mixed_precision=precision))
         self.actor_critic = ActorCritic(self.models.policy, self.models.value)
         self.updater = Updater(
             self.actor_critic,
@@ -126,15 +139,20 @@ class TinyPpo:
         )
         self.order = PromptOrder(PROMPTS, 3)
 
-    def collect(self, iteration: int = 1) -> Rollout:
-        """One iteration's rollout."""
+    def collect(
+        self, iteration: int = 1, engine: Engine | None = None, order: Sequence[int] | None = None
+    ) -> Rollout:
+        """One iteration's rollout; `order` asks its rows in another one."""
         prompts, indices = self.order.draw(iteration - 1, self.section.rollout)
+        if order is not None:
+            prompts, indices = [prompts[row] for row in order], [indices[row] for row in order]
         models = self.models
-        return collect(
-            models.policy, models.reference, models.value, NativeEngine(5), self.rewards,
-            prompts, [models.policy.codec.prompt_ids(p.prompt) for p in prompts], indices,
-            self.section.rollout, seed=7,
-        )  # fmt: skip
+        with self.runtime.autocast():
+            return collect(
+                models.policy, models.reference, models.value, engine or NativeEngine(5),
+                self.rewards, prompts, [models.policy.codec.prompt_ids(p.prompt) for p in prompts],
+                indices, self.section.rollout, seed=7,
+            )  # fmt: skip
 
     def appraise(self, rollout: Rollout) -> Experience:
         """Its advantages."""

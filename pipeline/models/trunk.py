@@ -15,7 +15,7 @@ from pipeline.models.adapters import activate, adapter_names, adapter_parameters
 from pipeline.models.heads import ScalarHead
 from pipeline.models.joiner import PackedJoiner, make_joiner
 from pipeline.models.passes import body, recomputed, recomputing, tail
-from pipeline.tensors import entropy, token_logprobs
+from pipeline.tensors import entropy, token_logprobs, widen
 
 # Elements of the logits in memory at a time: 64 MiB in float32.
 LOGITS_AT_A_TIME = 1 << 24
@@ -155,7 +155,7 @@ class Trunk(nn.Module):
         """
 
         def numbers(hidden_nd: Tensor, ids_n: Tensor) -> tuple[Tensor, Tensor]:
-            logits_nv = tail(self.model, states, hidden_nd.unsqueeze(0)).squeeze(0)
+            logits_nv = widen(tail(self.model, states, hidden_nd.unsqueeze(0)).squeeze(0))
             if temperature != 1.0:
                 logits_nv = logits_nv / temperature
             logprobs_n = token_logprobs(logits_nv, ids_n)

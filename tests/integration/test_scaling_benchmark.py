@@ -12,7 +12,13 @@ import torch
 
 from benchmarks.ppo_peer.flops import Cost
 from benchmarks.ppo_peer.meter import PHASES
-from benchmarks.ppo_scaling.points import FLOAT, Point, expected_flops, working_bytes
+from benchmarks.ppo_scaling.points import (
+    FLOAT,
+    Point,
+    decoding_bytes,
+    expected_flops,
+    working_bytes,
+)
 from benchmarks.scaling import SLOPES, fit
 
 ROOT = Path(__file__).parents[2]
@@ -35,6 +41,13 @@ def test_flops_by_hand() -> None:
     assert lora["rollout"] == rollout + 2 * 4 * 2 + 4 * 4 * 3
     assert lora["scoring"] == scoring + 4 * 3 * 4 * 5
     assert lora["update"] == 4 * (2 * ((20 + 12) * 5 + 45) + 2 * 300)
+
+
+def test_bytes_of_decoding_by_hand() -> None:
+    """4 rows, 2 at a time, 3 steps: weights 5 + 50 + 1; 3, 4 and 5 columns of 4 layers x 256."""
+    model = Cost(trunk=10, head=100, pair=1)
+    point = replace(SMALL, generation_rows=2)
+    assert decoding_bytes(point, model, adapter=1) == 4 * (2 * 3 * 56 + 4 * 12 * 2 * 4 * 256)
 
 
 def test_kept_activations_are_those_of_autograd() -> None:
@@ -79,11 +92,12 @@ def test_slopes_are_exponents_of_the_upper_points() -> None:
         linear = dict.fromkeys(PHASES, 5.0 * value)
         point = {"prompts": value, "tuning": "full"}
         row: dict[str, Any] = {"point": point, **dict.fromkeys(SLOPES, linear)}
-        found.append(row | {"cpu_seconds": numbers})
+        found.append(row | {"cpu_seconds": numbers, "decoding_bytes": 7.0 * value**1.4})
     for row in fit("prompts", found):
         assert row["slopes"]["cpu_seconds"] == pytest.approx(1.5)
-        assert row["slopes"]["peak_mb"] == pytest.approx(1.0)
-        assert row["above"] == ["cpu_seconds"]
+        assert row["slopes"]["held_mb"] == pytest.approx(1.0)
+        # Rollouts may grow as what decoding reads: by 1.4.
+        assert row["above"] == ([] if row["phase"] == "rollout" else ["cpu_seconds"])
 
 
 @pytest.mark.slow
@@ -100,5 +114,5 @@ def test_a_small_run(tmp_path: Path) -> None:
         assert row["slopes"]["flops"] == pytest.approx(1.0)
     for point in numbers["points"]:
         assert all(point["cpu_seconds"][phase] > 0 for phase in PHASES)
-        assert point["peak_mb"]["update"] > point["resting_mb"]
+        assert point["held_mb"]["update"] > point["resting_mb"]
     assert "| responses_per_prompt 1 to 4 | lora | rollout |" in done.stdout

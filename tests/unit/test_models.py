@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from pipeline.batches import TokenBatch
-from pipeline.config import LoraSection
+from pipeline.config import FitSection, LoraSection
 from pipeline.errors import ModelError
 from pipeline.models import adapters
 from pipeline.models.heads import ScalarHead
+from pipeline.models.joiner import DecoderJoiner
 from pipeline.models.trunk import Role
 
 PROMPTS = [[5, 6, 7, 8, 9, 10], [11, 12], [13]]
@@ -329,3 +330,50 @@ def test_a_module_called_like_an_adapter_is_not_taken_for_it():
     assert adapters.is_of("embed_tokens.lora_embedding_A.value", "value")
     assert not adapters.is_of("layers.0.attention.value.weight", "value")
     assert not adapters.is_of("layers.0.q_proj.lora_A.value-2.weight", "value")
+
+
+@pytest.mark.parametrize(
+    ("width", "tokens"),
+    [(16, 4096), (384, 512), (768, 256), (4096, 256)],  # 512 x 384 / width, from 256 to 4,096
+)
+def test_micro_batches_suit_a_processors_cache(make_handle, width, tokens, monkeypatch):
+    trunk = make_handle().trunk
+    monkeypatch.setattr(type(trunk), "hidden_size", width)
+    assert trunk.token_budget(None) == tokens
+    assert trunk.token_budget(77) == 77  # a setting counts, on any device
+    monkeypatch.setattr(type(trunk), "device", torch.device("cuda"))
+    assert trunk.token_budget(None) == 8192
+    assert trunk.token_budget(77) == 77
+
+
+def test_settings_take_the_size_of_the_trunk_and_nothing_else():
+    section = FitSection(batch_size=7, epochs=2)
+    assert section.micro_batch_tokens is None
+    sized = section.sized(512)
+    assert sized.micro_batch_tokens == 512
+    assert sized == section.model_copy(update={"micro_batch_tokens": 512})
+    assert section.micro_batch_tokens is None
+
+
+@pytest.mark.parametrize("model_type", ["llama", "bloom"])
+def test_padding_on_the_right_needs_no_mask_and_on_the_left_does(make_handle, model_type):
+    model = make_handle(model_type, "float32", **DECODERS[model_type]).trunk.model
+    right, left = (DecoderJoiner(model, padding_side=side)(batch()) for side in ("right", "left"))
+    assert right.inputs.keys() == {"input_ids"}  # kernels that skip half of the work apply
+    assert right.inputs["input_ids"].tolist() == [
+        [5, 6, 7, 8, 9, 10, 20, 21],
+        [11, 12, 22, 23, 24, 25, 26, 0],
+        [13, 27, 0, 0, 0, 0, 0, 0],
+    ]
+    # The prompt's last token predicts the first of the response.
+    assert [row[: len(r)] for row, r in zip(right.predictors.tolist(), RESPONSES, strict=True)] == [
+        [5, 6],
+        [1, 2, 3, 4, 5],
+        [0],
+    ]
+    assert right.last.tolist() == [7, 6, 1]
+    positions = {"position_ids"} if model_type == "llama" else set()
+    assert left.inputs.keys() == {"input_ids", "attention_mask"} | positions
+    assert left.inputs["input_ids"][2].tolist() == [0, 0, 0, 0, 0, 0, 13, 27]
+    assert left.inputs["attention_mask"][2].tolist() == [0, 0, 0, 0, 0, 0, 1, 1]
+    assert left.predictors[2, 0] == 6 and left.last.tolist() == [7, 7, 7]
