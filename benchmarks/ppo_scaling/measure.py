@@ -13,7 +13,9 @@ from typing import Any
 
 from benchmarks.ppo_peer.flops import cost
 from benchmarks.ppo_peer.meter import MB, PHASES, Meter, resident_bytes
-from benchmarks.ppo_scaling.points import Point, expected_flops, working_bytes
+from benchmarks.ppo_scaling.points import Point, decoding_bytes, expected_flops, working_bytes
+
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
 
 class PhaseMeter(Meter):
@@ -52,38 +54,82 @@ def _give_back() -> None:
 
 
 def measure(point: Point, seconds: float, iterations: int) -> dict[str, Any]:
-    """Up to `iterations` timed iterations, fewer where `seconds` are over; and the expectations."""
-    from transformers.utils.logging import disable_progress_bar
+    """Up to `iterations` timed iterations, fewer where `seconds` are over.
 
-    from benchmarks.ppo_peer import weights
-    from pipeline.models import footprint
-    from pipeline.models.trunk import LOGITS_AT_A_TIME
-
-    disable_progress_bar()
-    tiny = Point(point.tuning, 4, 4, 2, 1, 32, 1, 64)
+    Returns seconds, resident memory, and what the mathematics needs, by phase.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        # Libraries fault in their code and set up what they keep before the memory is read.
-        meter = PhaseMeter()
+        program, meter = _warm(point, Path(folder))
         with meter:
-            _program(tiny, Path(folder) / "tiny").iterate(1, 1, meter)
-        weights.make(point.workload(), Path(folder) / "point")
-        _give_back()
-        meter = PhaseMeter()
-        with meter:
-            program = _program(point, Path(folder) / "point")
-            program.iterate(1, 1, meter)
-            meter.end_iteration(timed=False)
-            resting = resident_bytes() - meter.baseline
-            meter.peaks.clear()
             began = time.perf_counter()
             while not meter.iterations or (
                 len(meter.iterations) < iterations and time.perf_counter() - began < seconds
             ):
-                program.iterate(1 + len(meter.iterations), 1, meter)
+                program.iterate(2, 1, meter)
                 meter.end_iteration(timed=True)
-            peaks = {phase: meter.peaks[phase] - meter.baseline for phase in PHASES}
+    return {
+        "point": asdict(point),
+        "iterations": len(meter.iterations),
+        "seconds": _least(meter.iterations),
+        "cpu_seconds": _least(meter.cpu_iterations),
+        "resident_mb": _peaks(meter),
+        **_expectations(point, program),
+    }
+
+
+def measure_held(point: Point) -> dict[str, Any]:
+    """Memory that an iteration holds, by phase: every tensor has pages of its own.
+
+    glibc otherwise keeps holes between tensors of unlike size, as much again as the activations,
+    which differ from run to run. Pages of their own cost time, so nothing is timed here. Must run
+    in a fresh process: what malloc has kept it gives out first.
+    """
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)
+    with tempfile.TemporaryDirectory() as folder:
+        program, meter = _warm(point, Path(folder))
+        resting = (resident_bytes() - meter.baseline) / MB
+        with meter:
+            program.iterate(2, 1, meter)
+            meter.end_iteration(timed=False)
+    held = _peaks(meter)
+    working = {phase: held[phase] - resting for phase in PHASES}
+    return {"resting_mb": resting, "held_mb": held, "working_mb": working}
+
+
+def _warm(point: Point, folder: Path) -> tuple[Any, PhaseMeter]:
+    """The program after an iteration of one row, which makes AdamW's state; and a meter.
+
+    A tiny program runs before the meter reads what the imports take: libraries fault in their code
+    and set up what they keep.
+    """
+    from transformers.utils.logging import disable_progress_bar
+
+    from benchmarks.ppo_peer import weights
+
+    disable_progress_bar()
+    tiny = Point(point.tuning, 4, 4, 2, 1, 32, 1, 64)
+    _program(tiny, folder / "tiny").iterate(1, 1, PhaseMeter())
+    weights.make(point.workload(), folder / "point")
+    _give_back()
+    meter = PhaseMeter()
+    program = _program(point, folder / "point")
+    prompts, prompt_ids = program.prompts, program.prompt_ids
+    program.prompts, program.prompt_ids = prompts[:1], prompt_ids[:1]
+    program.iterate(1, 1, meter)
+    program.prompts, program.prompt_ids = prompts, prompt_ids
+    meter.end_iteration(timed=False)
+    meter.peaks.clear()
+    return program, meter
+
+
+def _expectations(point: Point, program: Any) -> dict[str, Any]:
+    """FLOPs, bytes that decoding reads, and memory."""
+    from pipeline.models import footprint
+    from pipeline.models.trunk import LOGITS_AT_A_TIME
+
     policy = program.models.policy
-    trained = [p for group in program.updater.groups.values() for p in group]
+    trained = [weight for group in program.updater.groups.values() for weight in group]
     roles = program.models.roles(program.rewards)
     static = list(footprint.expected(roles, trained).values())
     rest = sum(role.weights + role.optimiser for role in static)
@@ -91,18 +137,13 @@ def measure(point: Point, seconds: float, iterations: int) -> dict[str, Any]:
     gradients = sum(role.gradients for role in static)
     working = working_bytes(point, budget, gradients, LOGITS_AT_A_TIME)
     adapter = sum(p.numel() for p in policy.parameters()) if point.tuning == "lora" else 0
+    model = cost(point.shape)
     return {
-        "point": asdict(point),
-        "seconds": _least(meter.iterations),
-        "cpu_seconds": _least(meter.cpu_iterations),
-        "flops": expected_flops(point, cost(point.shape), adapter),
-        "peak_mb": {phase: peaks[phase] / MB for phase in PHASES},
-        "expected_peak_mb": {phase: (rest + working[phase]) / MB for phase in PHASES},
-        "working_mb": {phase: (peaks[phase] - resting) / MB for phase in PHASES},
+        "flops": expected_flops(point, model, adapter),
+        "decoding_bytes": decoding_bytes(point, model, adapter),
+        "expected_held_mb": {phase: (rest + working[phase]) / MB for phase in PHASES},
         "expected_working_mb": {phase: working[phase] / MB for phase in PHASES},
-        "resting_mb": resting / MB,
         "expected_resting_mb": rest / MB,
-        "iterations": len(meter.iterations),
     }
 
 
@@ -119,6 +160,11 @@ def _program(point: Point, folder: Path) -> Any:
     program.prompts = [prompt for prompt in program.prompts for _ in repeats]
     program.prompt_ids = [ids for ids in program.prompt_ids for _ in repeats]
     return program
+
+
+def _peaks(meter: Meter) -> dict[str, float]:
+    """Peaks of each phase in MiB."""
+    return {phase: (meter.peaks[phase] - meter.baseline) / MB for phase in PHASES}
 
 
 def _least(rows: Sequence[dict[str, float]]) -> dict[str, float]:

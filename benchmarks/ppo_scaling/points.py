@@ -138,6 +138,20 @@ def expected_flops(point: Point, model: Cost, adapter: float) -> dict[str, float
     }
 
 
+def decoding_bytes(point: Point, model: Cost, adapter: float) -> float:
+    """Bytes that generation reads: each step all weights, and the keys and values so far.
+
+    Tokens of a response come one after another: a step reads the weights once, however few rows
+    there are, so that rollouts can follow this where it grows faster than the FLOPs.
+    """
+    groups = -(-point.rows // point.generation_rows)
+    weights = model.trunk / 2 + adapter + model.head / 2
+    steps = point.response_tokens
+    seen = steps * point.prompt_tokens + steps * (steps + 1) / 2
+    cached = 2 * point.layers * point.width * seen
+    return FLOAT * (groups * steps * weights + point.rows * cached)
+
+
 def working_bytes(point: Point, budget: int, trained: int, chunk: int) -> dict[str, float]:
     """Bytes by phase besides weights and AdamW's state.
 
