@@ -1,7 +1,9 @@
 """Out of memory: the same work again in smaller parts."""
 
+import ctypes
 import gc
 from collections.abc import Callable
+from functools import cache
 from typing import TypeVar
 
 import torch
@@ -17,6 +19,25 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     # torch raises a plain RuntimeError where the processor's memory is short.
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+
+
+def release_freed_memory() -> None:
+    """Give main memory that was freed back to the system (glibc keeps it for later, in pieces).
+
+    For the seams of a run, where what comes next allocates other shapes: it costs milliseconds.
+    """
+    trim = _malloc_trim()
+    if trim is not None:
+        trim(0)
+
+
+@cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    try:
+        found: Callable[[int], int] = ctypes.CDLL("libc.so.6").malloc_trim
+        return found
+    except (OSError, AttributeError):  # not Linux, or another C library
+        return None
 
 
 def halving(

@@ -4,8 +4,11 @@ Suffixes: B sequences, R response positions, N gathered positions, V vocabulary.
 and true on real tokens. Reductions are made in float32 or wider, whatever the input's type.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def widen(x: Tensor) -> Tensor:
@@ -29,10 +32,27 @@ def masked_var(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def token_logprobs(logits_nv: Tensor, ids_n: Tensor) -> Tensor:
-    """log softmax(logits)[id] of each row (N,), without a second (N, V) tensor of log-probs."""
-    logits_nv = widen(logits_nv)
-    chosen_n = logits_nv.gather(-1, ids_n.unsqueeze(-1)).squeeze(-1)
-    return chosen_n - logits_nv.logsumexp(-1)
+    """log softmax(logits)[id] of each row (N,); one more (N, V) tensor, in the backward pass."""
+    result: Tensor = _TokenLogprobs.apply(widen(logits_nv), ids_n)
+    return result
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """z_id - logsumexp(z); d / d z = g (onehot(id) - softmax(z)), made in place."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_nv: Tensor, ids_n: Tensor) -> Tensor:
+        log_total_n = logits_nv.logsumexp(-1)
+        ctx.save_for_backward(logits_nv, log_total_n, ids_n)
+        return logits_nv.gather(-1, ids_n.unsqueeze(-1)).squeeze(-1) - log_total_n
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        logits_nv, log_total_n, ids_n = ctx.saved_tensors
+        g_n1 = grads[0].unsqueeze(-1)
+        gradient_nv = (logits_nv - log_total_n.unsqueeze(-1)).exp_().mul_(-g_n1)
+        return gradient_nv.scatter_add_(-1, ids_n.unsqueeze(-1), g_n1), None
 
 
 def entropy(logits_nv: Tensor) -> Tensor:

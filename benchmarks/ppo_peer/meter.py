@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any
 
 PHASES = ("rollout", "scoring", "update")
-INTERVAL_SECONDS = 0.005
+INTERVAL_SECONDS = 0.02
 MB = 2**20
 
 
@@ -18,7 +18,7 @@ class Meter:
     """A clock that is told which phase begins, and a thread that watches resident memory.
 
     Memory on CPU is resident size above `baseline`, what the imports alone take; the thread reads
-    it every 5 ms. On CUDA it is what torch has allocated, which needs no baseline. Iterations that
+    it every 20 ms. On CUDA it is what torch has allocated, which needs no baseline. Iterations that
     end with `end_iteration(timed=False)` count for memory and not for seconds.
     """
 

@@ -2,13 +2,13 @@
 
 Every loss is a sum over response tokens divided by the *global* token count of the optimiser step,
 so neither micro-batches nor processes change the result. Policy and value model sit in one module
-with one forward a micro-batch; what is trainable is fixed before it is wrapped. Their gradients are
-clipped apart: a large value error never shrinks the policy's step.
+with one forward; what is trainable is fixed before it is wrapped. Their gradients are clipped
+apart: a large value error never shrinks the policy's step.
 """
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import reduce
 
 import numpy as np
 import torch
@@ -18,24 +18,14 @@ from pipeline.batches import TokenBatch, micro_batches
 from pipeline.distributed import Runtime
 from pipeline.errors import TrainingError
 from pipeline.models.trunk import Handle, Trunk, TrunkOutput
-from pipeline.out_of_memory import halving
+from pipeline.out_of_memory import halving, release_freed_memory
 from pipeline.tensors import masked_sum
 from stages.ppo.config import PpoOptimSection
 from stages.ppo.controllers import schedule_factor
 from stages.ppo.experience import Experience
-from stages.ppo.objective import policy_loss, value_loss
+from stages.ppo.losses import SUMS, losses, together
 from stages.ppo.rollout import shares_trunk
 
-# Sums over response tokens that each micro-batch reports, in this order.
-SUMS = (
-    "policy_loss",
-    "value_loss",
-    "entropy",
-    "clip_fraction",
-    "value_clip_fraction",
-    "approx_kl",
-    "ratio_mean",
-)
 Ragged = tuple[list[int], list[int]]  # prompt ids, response ids
 
 
@@ -119,6 +109,7 @@ class Updater:
         self.device = trunk.device
         # Tokens of a micro-batch; halved where memory runs out.
         self.micro_batch_tokens = trunk.token_budget(section.micro_batch_tokens)
+        self.takes_one_pass = actor_critic.shared or runtime.world_size > 1
         self.packs = all(trunk.packs for trunk in actor_critic.distinct_trunks())
         for trunk in actor_critic.distinct_trunks():
             trunk.recompute = section.gradient_checkpointing
@@ -154,6 +145,7 @@ class Updater:
             TrainingError: a loss or gradient is not finite; the weights are those before the step.
         """
         self._set_learning_rates(iteration)
+        release_freed_memory()  # what sampling and scoring used, before gradients need more
         steps: list[Step] = []
         for epoch in range(self.section.ppo_epochs):
             for number, rows in enumerate(self._minibatches(experience, iteration, epoch)):
@@ -239,10 +231,15 @@ class Updater:
         measured: list[Tensor] = []
         for number, part in enumerate(parts):
             chosen = [rows[position] for position in part]
-            last = number == len(parts) - 1
-            loss, sums = self._losses(experience, chosen, train_policy)
-            self._backward(loss / tokens, last)
-            measured.append(sums)
+            passes = self._passes(train_policy)
+            sums = []
+            for want in passes:
+                loss, found = self._losses(experience, chosen, want)
+                last = number == len(parts) - 1 and want is passes[-1]
+                self._backward(loss / tokens, last)
+                sums.append(found)
+                del loss  # and with it the activations, before those of the next pass
+            measured.append(reduce(together, sums))
         self._refuse_not_finite(experience, measured, rows, parts, place)
         stacked = torch.stack(measured)
         totals = self.runtime.all_sum(stacked[:, :-1].sum(0)).tolist()
@@ -252,48 +249,25 @@ class Updater:
     def _micro_batches(self, lengths: Sequence[int]) -> list[list[int]]:
         return micro_batches(lengths, self.micro_batch_tokens, packed=self.packs)
 
-    def _losses(
-        self, experience: Experience, rows: list[int], train_policy: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Summed loss of some rows, and (len(SUMS) + 1,): their SUMS and largest ratio."""
-        section = self.section
-        batch = experience.rollout.batch.take(rows)
-        mask = batch.response_mask
-        cut = partial(_rows, rows=rows, width=mask.shape[1])
-        want = ["values"]
-        if train_policy:
-            want += ["logprobs", "entropy"] if section.entropy_coef else ["logprobs"]
-        with self.runtime.autocast():
-            out = self.module(batch, want, self.temperature)
-        value = value_loss(
-            out.values,
-            cut(experience.rollout.values),
-            cut(experience.returns),
-            mask,
-            section.value_clip_range,
-        )
-        loss = section.value_coef * value.loss
-        zero = torch.zeros_like(value.loss)
+    def _passes(self, train_policy: bool) -> list[list[str]]:
+        """What each forward and backward pass over a micro-batch wants.
+
+        One for both models where they share their states, and under wrappers for many processes,
+        which ask for one; otherwise one each, with the activations of one model at a time.
+        """
+        policy = ["logprobs", "entropy"] if self.section.entropy_coef else ["logprobs"]
         if not train_policy:
-            sums = [zero, value.loss, zero, zero, value.clipped, zero, zero, zero]
-            return loss, torch.stack([item.detach().double() for item in sums])
-        policy = policy_loss(
-            out.logprobs,
-            cut(experience.rollout.logprobs),
-            cut(experience.advantages),
-            mask,
-            section.clip_range,
-            section.dual_clip,
-            None if experience.rollout.importance is None else cut(experience.rollout.importance),
-        )
-        loss = loss + policy.loss
-        entropy = zero
-        if section.entropy_coef:
-            entropy = masked_sum(out.entropy, mask)
-            loss = loss - section.entropy_coef * entropy
-        sums = [policy.loss, value.loss, entropy, policy.clipped, value.clipped]
-        sums += [policy.approx_kl, policy.ratio, policy.ratio_max]
-        return loss, torch.stack([item.detach().double() for item in sums])
+            return [["values"]]
+        if self.takes_one_pass:
+            return [["values", *policy]]
+        return [["values"], policy]
+
+    def _losses(
+        self, experience: Experience, rows: list[int], want: Collection[str]
+    ) -> tuple[Tensor, Tensor]:
+        with self.runtime.autocast():
+            out = self.module(experience.rollout.batch.take(rows), want, self.temperature)
+        return losses(self.section, experience, rows, out)
 
     def _draw_demonstrations(
         self, count: int, iteration: int, epoch: int, number: int
@@ -387,7 +361,3 @@ def update_metrics(steps: Sequence[Step]) -> dict[str, float]:
         if norms:
             metrics[f"grad_norm_{name}"] = sum(norms) / len(norms)
     return metrics
-
-
-def _rows(x_br: Tensor, rows: list[int], width: int) -> Tensor:
-    return x_br[rows, :width]

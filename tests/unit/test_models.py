@@ -334,7 +334,7 @@ def test_a_module_called_like_an_adapter_is_not_taken_for_it():
 
 @pytest.mark.parametrize(
     ("width", "tokens"),
-    [(16, 4096), (384, 512), (768, 256), (4096, 256)],  # 512 x 384 / width, from 256 to 4,096
+    [(16, 1024), (384, 768), (768, 384), (4096, 256)],  # 768 x 384 / width, from 256 to 1,024
 )
 def test_micro_batches_suit_a_processors_cache(make_handle, width, tokens, monkeypatch):
     trunk = make_handle().trunk

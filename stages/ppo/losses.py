@@ -1,0 +1,80 @@
+"""From the outputs of a forward pass to the loss and the statistics of some rows."""
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from pipeline.models.trunk import TrunkOutput
+from pipeline.tensors import masked_sum
+from stages.ppo.config import PpoOptimSection
+from stages.ppo.experience import Experience
+from stages.ppo.objective import policy_loss, value_loss
+
+# Sums over response tokens that each micro-batch reports, in this order.
+SUMS = (
+    "policy_loss",
+    "value_loss",
+    "entropy",
+    "clip_fraction",
+    "value_clip_fraction",
+    "approx_kl",
+    "ratio_mean",
+)
+
+
+def losses(
+    section: PpoOptimSection, experience: Experience, rows: Sequence[int], out: TrunkOutput
+) -> tuple[Tensor, Tensor]:
+    """Summed loss of `rows`, and (len(SUMS) + 1,): their SUMS and largest ratio.
+
+    Of the policy and the value model, those whose outputs are there count; the others' are 0.
+    """
+    mask = experience.rollout.batch.take(rows).response_mask
+    cut = partial(_rows, rows=list(rows), width=mask.shape[1])
+    rollout = experience.rollout
+    found: dict[str, Tensor] = {}
+    loss = torch.zeros((), dtype=rollout.logprobs.dtype, device=mask.device)
+    if out.values is not None:
+        value = value_loss(
+            out.values,
+            cut(rollout.values),
+            cut(experience.returns),
+            mask,
+            section.value_clip_range,
+        )
+        loss = loss + section.value_coef * value.loss
+        found |= {"value_loss": value.loss, "value_clip_fraction": value.clipped}
+    if out.logprobs is not None:
+        policy = policy_loss(
+            out.logprobs,
+            cut(rollout.logprobs),
+            cut(experience.advantages),
+            mask,
+            section.clip_range,
+            section.dual_clip,
+            None if rollout.importance is None else cut(rollout.importance),
+        )
+        loss = loss + policy.loss
+        found |= {
+            "policy_loss": policy.loss,
+            "clip_fraction": policy.clipped,
+            "approx_kl": policy.approx_kl,
+            "ratio_mean": policy.ratio,
+            "ratio_max": policy.ratio_max,
+        }
+    if out.entropy is not None:
+        found["entropy"] = masked_sum(out.entropy, mask)
+        loss = loss - section.entropy_coef * found["entropy"]
+    sums = [found.get(name, loss.new_zeros(())) for name in (*SUMS, "ratio_max")]
+    return loss, torch.stack([item.detach().double() for item in sums])
+
+
+def together(one: Tensor, other: Tensor) -> Tensor:
+    """The statistics of two passes over the same rows: sums added, the larger of the ratios."""
+    return torch.cat([one[:-1] + other[:-1], torch.maximum(one[-1:], other[-1:])])
+
+
+def _rows(x_br: Tensor, rows: list[int], width: int) -> Tensor:
+    return x_br[rows, :width]
