@@ -70,11 +70,14 @@ class NativeEngine:
             budget,
             self.fixed_shapes or graphs,
         )
-        while writing.waiting or writing.rows:
-            if writing.has_room:
-                writing.join()
-            else:
-                writing.step()
+        try:
+            while writing.waiting or writing.rows:
+                if writing.has_room:
+                    writing.join()
+                else:
+                    writing.step()
+        finally:
+            writing.cache.free()
         return writing.out
 
 
@@ -195,7 +198,8 @@ class _Writing:
         """Next tokens (A,) of `rows`; writes them, and their numbers, into the responses."""
         logits = widen(result.logits)
         if self.sampling.temperature > 0:
-            logits = logits / self.sampling.temperature
+            if self.sampling.temperature != 1:
+                logits = logits / self.sampling.temperature
             written = [len(self.out.response_ids[row.number]) for row in rows]
             places = torch.tensor(written, device=self.device)
             noise = gumbel(keys, places, logits.shape[1], logits.dtype)

@@ -79,6 +79,12 @@ class SlotCache(Cache):
         self.start, self.stop = 0, self.stop - distance
         return distance
 
+    def free(self) -> None:
+        """Drop the buffers now: cache and layers refer to one another, and would wait for gc."""
+        for layer in self.layers:
+            assert isinstance(layer, _SlotLayer)
+            layer.keys = layer.values = None
+
     def _set_compileable(self, value: bool) -> None:
         """Whether transformers builds the mask without looking into it, which would be a wait."""
         for layer in self.layers:

@@ -161,6 +161,7 @@ class Updater:
                     return [*steps, Step(tokens, sums, ratio_max, {})]
                 norms = self._step(train_policy, place)
                 steps.append(Step(tokens, sums, ratio_max, norms))
+        release_freed_memory()  # gradients and activations, before the next rollout
         return steps
 
     def learning_rates(self) -> dict[str, float]:

@@ -117,3 +117,19 @@ def test_noise_differs_by_position_and_row_and_not_by_vocabulary_size():
     assert torch.equal(first[:, :60], gumbel(keys, torch.zeros(4), 60, torch.float64))
     # Neighbouring rows are unrelated: correlation of 100 draws has deviation 0.1.
     assert torch.corrcoef(first).fill_diagonal_(0).abs().max() < 0.4
+
+
+def test_the_cache_is_gone_when_the_text_is_there(make_handle):
+    """Cache and layers refer to one another: their buffers must not wait for a collection."""
+    import gc
+
+    handle = make_handle()
+    gc.collect()
+    gc.disable()
+    try:
+        before = {id(x) for x in gc.get_objects() if isinstance(x, torch.Tensor)}
+        NativeEngine().generate(handle, PROMPTS, range(15), Sampling(5, seed=1))
+        left = [x for x in gc.get_objects() if isinstance(x, torch.Tensor) and id(x) not in before]
+        assert not [x.shape for x in left if x.dim() == 4]  # (rows, heads, columns, width)
+    finally:
+        gc.enable()
