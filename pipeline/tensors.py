@@ -55,11 +55,14 @@ class _TokenLogprobs(torch.autograd.Function):
         return gradient_nv.scatter_add_(-1, ids_n.unsqueeze(-1), g_n1), None
 
 
-def entropy(logits_nv: Tensor) -> Tensor:
-    """Entropy of softmax(logits) of each row (N,), in nats: logsumexp(z) - sum_v p_v z_v."""
+def entropy(logits_nv: Tensor, log_total_n: Tensor | None = None) -> Tensor:
+    """Entropy of softmax(logits) of each row (N,), in nats: logsumexp(z) - sum_v p_v z_v.
+
+    `log_total_n` is logsumexp(z), where it is known already.
+    """
     logits_nv = widen(logits_nv)
+    if log_total_n is None:
+        log_total_n = logits_nv.logsumexp(-1)
+    p_nv = (logits_nv - log_total_n.unsqueeze(-1)).exp()
     # p * z is 0 where z is -inf (a forbidden token): 0 * -inf would be NaN.
-    expected_n = (logits_nv.softmax(-1) * logits_nv.clamp(min=torch.finfo(torch.float32).min)).sum(
-        -1
-    )
-    return logits_nv.logsumexp(-1) - expected_n
+    return log_total_n - (p_nv * logits_nv.clamp(min=torch.finfo(torch.float32).min)).sum(-1)

@@ -207,7 +207,8 @@ class _Writing:
         else:
             tokens = logits.argmax(-1)
         chosen = logits.gather(1, tokens.unsqueeze(1)).squeeze(1)
-        numbers = [tokens, chosen - logits.logsumexp(-1), entropy(logits)]
+        log_total = logits.logsumexp(-1)
+        numbers = [tokens, chosen - log_total, entropy(logits, log_total)]
         if result.values is not None:
             numbers.append(result.values)
         # One transfer a step; a float64 holds every token id.

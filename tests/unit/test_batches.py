@@ -25,16 +25,17 @@ def test_micro_batches_hold_every_row_once_within_the_budget(budget):
         assert padded <= budget or len(batch) == 1
 
 
-def test_micro_batches_are_as_few_as_sorting_allows():
-    # 9 | 9 alone (18 > 10 together); 7 alone; 5+4 -> 2 x 5 = 10; 4+3 -> 8; 2+1 -> 4
+def test_micro_batches_hold_rows_of_like_length():
+    # 9 | 9 alone (18 > 10 together)
     lengths = [3, 9, 1, 4, 4, 7, 2, 9, 5]
     assert [sorted(lengths[row] for row in batch) for batch in micro_batches(lengths, 10)] == [
         [9],
         [9],
         [7],
-        [4, 5],
-        [3, 4],
-        [1, 2],
+        [5],  # 4 is below 85% of 5
+        [4, 4],
+        [3],
+        [1, 2],  # 2 tokens are below a quarter of the budget: not left alone
     ]
 
 
@@ -68,6 +69,6 @@ def test_inference_is_in_the_order_of_the_batch_whatever_the_budget(make_handle,
 
 def test_packed_micro_batches_count_tokens_only():
     lengths = [5, 9, 2, 8, 1]
-    assert micro_batches(lengths, 17) == [[1], [3, 0], [2, 4]]  # 9; 2 x 8; 2 x 2
+    assert micro_batches(lengths, 17) == [[1], [3], [0], [2, 4]]  # 9; 8; 5; 2 x 2
     assert micro_batches(lengths, 17, packed=True) == [[1, 3], [0, 2, 4]]  # 9 + 8; 5 + 2 + 1
     assert micro_batches(lengths, 4, packed=True) == [[1], [3], [0], [2, 4]]
