@@ -56,13 +56,14 @@ class _TokenLogprobs(torch.autograd.Function):
 
 
 def entropy(logits_nv: Tensor, log_total_n: Tensor | None = None) -> Tensor:
-    """Entropy of softmax(logits) of each row (N,), in nats: logsumexp(z) - sum_v p_v z_v.
+    """Entropy of softmax(logits) of each row (N,), in nats: -sum_v p_v log p_v.
 
     `log_total_n` is logsumexp(z), where it is known already.
     """
     logits_nv = widen(logits_nv)
     if log_total_n is None:
         log_total_n = logits_nv.logsumexp(-1)
-    p_nv = (logits_nv - log_total_n.unsqueeze(-1)).exp()
-    # p * z is 0 where z is -inf (a forbidden token): 0 * -inf would be NaN.
-    return log_total_n - (p_nv * logits_nv.clamp(min=torch.finfo(torch.float32).min)).sum(-1)
+    logprobs_nv = logits_nv - log_total_n.unsqueeze(-1)
+    # p log p is 0 where p is 0 (a forbidden token): 0 * -inf would be NaN.
+    finite_nv = logprobs_nv.clamp(min=torch.finfo(torch.float32).min)
+    return -(logprobs_nv.exp() * finite_nv).sum(-1)
