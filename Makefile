@@ -67,8 +67,10 @@ types: dev  ## mypy on pipeline/ and stages/
 
 check: lint types test  ## what CI runs
 
-bench: dev  ## side-by-side measurements; prints one table a benchmark
-	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
+bench: dev  ## side-by-side measurements, hours on a quiet machine; fails at the end if one did
+	@missed=; for script in benchmarks/*.py; do echo "== $$script"; \
+	    $(BIN)/python $$script || missed="$$missed $$script"; done; \
+	    test -z "$$missed" || { echo "missed a target:$$missed"; exit 1; }
 
 docs: install  ## regenerate docs/config-reference.md from the config models
 	@$(BIN)/python docs/generate.py

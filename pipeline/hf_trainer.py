@@ -20,8 +20,8 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -317,18 +317,6 @@ class PlannedTrainer(Trainer, ABC):
 
     def _sum_over_processes(self, value: Tensor) -> float:
         return float(self.accelerator.reduce(value, reduction="sum"))
-
-
-@contextmanager
-def recomputing(model: Any, enabled: bool) -> Iterator[None]:
-    """Gradient checkpointing of a transformers model while it trains, if `enabled`."""
-    if enabled:
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    try:
-        yield
-    finally:
-        if enabled:
-            model.activation_checkpointing_disable()
 
 
 class MeasuredMemory(TrainerCallback):

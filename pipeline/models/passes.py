@@ -50,8 +50,9 @@ def recomputed(model: Any, adapter: str | None, function: Callable[..., Any], *a
     from torch.utils.checkpoint import checkpoint
 
     contexts = partial(_contexts, model, adapter)
+    # Only dropout draws numbers in a pass.
     return checkpoint(
-        function, *args, use_reentrant=False, context_fn=contexts, preserve_rng_state=False
+        function, *args, use_reentrant=False, context_fn=contexts, preserve_rng_state=model.training
     )
 
 
@@ -59,8 +60,8 @@ def recomputed(model: Any, adapter: str | None, function: Callable[..., Any], *a
 def recomputing(model: Any, adapter: str | None, enabled: bool) -> Iterator[None]:
     """Within it, the model's layers keep their inputs only.
 
-    Dropout is off in such passes, so the random state is not saved. The layers stay in evaluation
-    mode but for the flag that makes transformers ask for checkpointing.
+    transformers asks for checkpointing in training mode only. In evaluation mode (PPO, dropout off)
+    a layer is told that it trains until it asks, and computes as it was.
     """
     if not enabled:
         yield
@@ -70,8 +71,11 @@ def recomputing(model: Any, adapter: str | None, enabled: bool) -> Iterator[None
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     assert layers, f"{type(model).__name__} has no layers that can be recomputed"
 
+    modes = {layer: layer.training for layer in layers}
+
     def run(function: partial[Any], *args: Any) -> Any:
-        return recomputed(model, adapter, _evaluating(function), *args)
+        layer = function.args[0]
+        return recomputed(model, adapter, _in_mode(layer, modes[layer], function), *args)
 
     for layer in layers:
         layer.gradient_checkpointing, layer.training = True, True
@@ -81,15 +85,14 @@ def recomputing(model: Any, adapter: str | None, enabled: bool) -> Iterator[None
     finally:
         for layer in layers:
             del layer.gradient_checkpointing
-            layer.training = False
+            layer.training = modes[layer]
 
 
-def _evaluating(function: partial[Any]) -> Callable[..., Any]:
-    """A layer's bound forward, in evaluation mode as the layer's sub-modules are (dropout)."""
-    layer: nn.Module = function.args[0]
+def _in_mode(layer: nn.Module, training: bool, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A layer's bound forward, with the layer in the mode that its sub-modules are in (dropout)."""
 
     def run(*args: Any) -> Any:
-        layer.training = False
+        layer.training = training
         return function(*args)
 
     return run

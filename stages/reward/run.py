@@ -20,7 +20,7 @@ import torch
 
 from pipeline.errors import DataError, TrainingError
 from pipeline.generation import LocalEngine, Sampling
-from pipeline.hf_trainer import FitSummary, MeasuredMemory, recomputing
+from pipeline.hf_trainer import FitSummary, MeasuredMemory
 from pipeline.models.heads import ScalarHead
 from pipeline.models.trunk import Handle
 from pipeline.records import Prompt, PromptText, Ranking
@@ -163,8 +163,8 @@ def train_handle(
     )
     roles = {"reward": handle} if sft is None else {"sft": sft, "reward": handle}
     trainer.add_callback(MeasuredMemory(roles, context.folder.memory_json))
-    with recomputing(model, section.gradient_checkpointing):
-        fit = trainer.fit()
+    handle.trunk.recompute = section.gradient_checkpointing
+    fit = trainer.fit()
     handle.trunk.freeze()
     return fit
 

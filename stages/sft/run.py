@@ -12,7 +12,7 @@ from typing import Any
 
 from pipeline.codec import PLAIN_CHAT_TEMPLATE, Codec
 from pipeline.errors import DataError
-from pipeline.hf_trainer import FitSummary, MeasuredMemory, recomputing
+from pipeline.hf_trainer import FitSummary, MeasuredMemory
 from pipeline.models.trunk import Handle
 from pipeline.records import Demonstration, PromptText
 from pipeline.stage import Context, Summary
@@ -123,8 +123,8 @@ def train_handle(
     if handle.role.adapter is not None:
         roles = {"base": handle.with_role("base", adapter=None), "sft": handle}
     trainer.add_callback(MeasuredMemory(roles, context.folder.memory_json))
-    with recomputing(handle.trunk.model, section.gradient_checkpointing):
-        fit = trainer.fit()
+    handle.trunk.recompute = section.gradient_checkpointing
+    fit = trainer.fit()
     handle.trunk.freeze()
     return fit
 

@@ -131,6 +131,13 @@ def test_the_choice_is_by_cache_and_by_kind_of_decoding(make_handle):
 # --- static batches of unusual caches ---
 
 
+def plain(handle, tokens):
+    """Greedy text of plain `generate`, one prompt at a time."""
+    options = {"max_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
+    texts = [handle.trunk.model.generate(torch.tensor([ids]), **options)[0] for ids in PROMPTS]
+    return [text[len(ids) :].tolist() for ids, text in zip(PROMPTS, texts, strict=True)]
+
+
 def test_padded_batches_are_for_the_families_tested_here():
     assert set(STATIC) - PADDED_FAMILIES == {"recurrent_gemma", "rwkv"}
     assert set(STATIC) > PADDED_FAMILIES
@@ -140,21 +147,11 @@ def test_padded_batches_are_for_the_families_tested_here():
 def test_greedy_text_in_static_batches_equals_generate(make_handle, model_type):
     handle = make_handle(model_type, "float32", **STATIC[model_type])
     engine, sampling = StaticEngine(max_rows=5), Sampling(6, temperature=0)
-    made = engine.generate(handle, PROMPTS, range(5), sampling).response_ids
-    for prompt, response in zip(PROMPTS, made, strict=True):
-        plain = handle.trunk.model.generate(
-            torch.tensor([prompt]), max_new_tokens=6, do_sample=False, pad_token_id=0
-        )
-        assert response == plain[0, len(prompt) :].tolist()
+    assert engine.generate(handle, PROMPTS, range(5), sampling).response_ids == plain(handle, 6)
 
 
 @pytest.mark.parametrize("model_type", NATIVE)
 def test_greedy_text_in_slots_equals_generate(make_handle, model_type):
     handle = make_handle(model_type, "float32", **NATIVE[model_type])
     engine, sampling = NativeEngine(max_rows=2), Sampling(9, temperature=0)
-    made = engine.generate(handle, PROMPTS, range(5), sampling).response_ids
-    for prompt, response in zip(PROMPTS, made, strict=True):
-        plain = handle.trunk.model.generate(
-            torch.tensor([prompt]), max_new_tokens=9, do_sample=False, pad_token_id=0
-        )
-        assert response == plain[0, len(prompt) :].tolist()
+    assert engine.generate(handle, PROMPTS, range(5), sampling).response_ids == plain(handle, 9)
