@@ -47,12 +47,23 @@ def make_store():
     return make
 
 
+# What makes a small model of a family its own: windows, soft-capping, experts.
+FAMILY_EXTRA: dict[str, dict[str, object]] = {
+    "gemma2": {"final_logit_softcapping": 5.0, "sliding_window": 4, "query_pre_attn_scalar": 16},
+    "gemma3_text": {"sliding_window": 4, "query_pre_attn_scalar": 16},
+    "mistral": {"sliding_window": 4},
+    "mixtral": {"num_local_experts": 4},
+    "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+}
+
+
 @pytest.fixture
 def make_handle(make_store):
     """A bare model whose logits are far from uniform, as a trained model's are."""
 
     def make(model_type: str = "llama", dtype: str = "float64", seed: int = 0, **extra) -> Handle:
         torch.manual_seed(seed)
+        extra = FAMILY_EXTRA.get(model_type, {}) | extra
         handle = make_store(model_type, dtype, **extra).build(TEXTS)
         with torch.no_grad():
             for parameter in handle.trunk.model.parameters():

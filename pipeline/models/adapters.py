@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_LAYERS = "_rlhf_tuner_layers"  # where a model remembers its peft layers
 _SAVED_PREFIX = "base_model.model."  # the prefix that PeftModel.from_pretrained expects
 
 
@@ -65,6 +66,7 @@ def add_adapter(model: Any, name: str, config: "LoraConfig") -> None:
         ) from error
     model.peft_config = {**existing, name: config}
     slim(model)
+    model.__dict__.pop(_LAYERS, None)
     for key, parameter in model.named_parameters():
         if is_of(key, name):
             # A frozen bf16 base keeps fp32 adapters: Adam's small steps vanish in bf16.
@@ -105,6 +107,7 @@ def bake(model: Any, name: str) -> None:
             parent, _, child = path.rpartition(".")
             setattr(model.get_submodule(parent), child, layer.get_base_layer())
     del model.peft_config
+    model.__dict__.pop(_LAYERS, None)
 
 
 def adapter_names(model: Any) -> set[str]:
@@ -113,10 +116,14 @@ def adapter_names(model: Any) -> set[str]:
 
 
 def tuner_layers(model: Any) -> list[Any]:
-    """The model's peft layers."""
+    """The model's peft layers, found once: every decoding step asks for them."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    if _LAYERS not in model.__dict__:
+        found = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+        model.__dict__[_LAYERS] = found  # not a submodule a second time
+    layers: list[Any] = model.__dict__[_LAYERS]
+    return layers
 
 
 def activate(model: Any, name: str | None) -> None:
@@ -125,9 +132,11 @@ def activate(model: Any, name: str | None) -> None:
     Writes two private fields of peft 0.21 layers, the only way that leaves `requires_grad` alone;
     a test holds peft to it.
     """
+    is_off = name is None
     for layer in tuner_layers(model):
-        layer._disable_adapters = name is None
-        if name is not None:
+        if layer._disable_adapters != is_off:
+            layer._disable_adapters = is_off
+        if name is not None and layer._active_adapter != [name]:
             layer._active_adapter = [name]
 
 

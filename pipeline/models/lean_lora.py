@@ -18,34 +18,36 @@ class LeanLoraLinear(Linear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output plus the active adapter's."""
-        if args or kwargs or self.disable_adapters or self.merged or not self._is_plain(x):
+        name = self._active_adapter[0] if len(self._active_adapter) == 1 else None
+        if args or kwargs or self._disable_adapters or name is None or not self._is_plain(name, x):
             result: Tensor = super().forward(x, *args, **kwargs)
             return result
-        (name,) = self.active_adapters
-        base = self.get_base_layer()
-        out: Tensor = _LoraProduct.apply(
-            x.reshape(-1, x.shape[-1]),
-            base.weight,
-            base.bias,
-            self.lora_A[name].weight,
-            self.lora_B[name].weight,
-            self.scaling[name],
-        )
+        base: Any = self.base_layer
+        a: Any = self.lora_A[name]
+        b: Any = self.lora_B[name]
+        weights = base.weight, base.bias, a.weight, b.weight
+        x_nd, scaling = x.reshape(-1, x.shape[-1]), self.scaling[name]
+        out: Tensor
+        if torch.is_grad_enabled():
+            out = _LoraProduct.apply(x_nd, *weights, scaling)
+        else:  # a step of decoding is short enough to feel the detour
+            out = _product(x_nd, *weights, scaling)[0]
         return out.view(*x.shape[:-1], out.shape[-1])
 
-    def _is_plain(self, x: Tensor) -> bool:
-        names = self.active_adapters
-        if len(names) != 1 or names[0] not in self.lora_A or names[0] in self.lora_variant:
+    def _is_plain(self, name: str, x: Tensor) -> bool:
+        if self.merged_adapters or name not in self.lora_A or name in self.lora_variant:
             return False
-        name, base = names[0], self.get_base_layer()
-        a, b, dropout = self.lora_A[name], self.lora_B[name], self.lora_dropout[name]
+        base: Any = self.base_layer
+        a: Any = self.lora_A[name]
+        b: Any = self.lora_B[name]
+        dropout = self.lora_dropout[name]
         return (
             type(base) is nn.Linear
-            and type(a) is type(b) is nn.Linear
+            and type(a) is nn.Linear
+            and type(b) is nn.Linear
             and all(getattr(layer, "bias", None) is None for layer in (a, b))
             and not (dropout.training and isinstance(dropout, nn.Dropout))
-            and x.dtype == base.weight.dtype
-            and x.dtype == a.weight.dtype
+            and x.dtype == base.weight.dtype == a.weight.dtype
             # The backward below makes none; and autocast would not see the products.
             and not base.weight.requires_grad
             and not torch.is_autocast_enabled(x.device.type)
@@ -59,6 +61,15 @@ def slim(model: nn.Module) -> None:
             module.__class__ = LeanLoraLinear
 
 
+def _product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, s: float
+) -> tuple[Tensor, Tensor]:
+    """x W' + bias + s (x A') B', and x A'."""
+    low = x @ a.t()  # (N, r)
+    out = x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())
+    return out.addmm_(low, b.t(), alpha=s), low
+
+
 class _LoraProduct(torch.autograd.Function):
     """out = x W' + bias + s (x A') B', for frozen W and bias.
 
@@ -69,9 +80,7 @@ class _LoraProduct(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, s: float
     ) -> Tensor:
-        low = x @ a.t()  # (N, r)
-        out = x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())
-        out.addmm_(low, b.t(), alpha=s)
+        out, low = _product(x, weight, bias, a, b, s)
         ctx.save_for_backward(x, weight, a, b, low)
         ctx.scaling = s
         return out

@@ -57,35 +57,33 @@ def recomputed(model: Any, adapter: str | None, function: Callable[..., Any], *a
 
 
 @contextmanager
-def recomputing(model: Any, adapter: str | None, enabled: bool) -> Iterator[None]:
-    """Within it, the model's layers keep their inputs only.
+def recomputing(
+    model: Any, again: Callable[..., Any], apart: nn.Module | None = None
+) -> Iterator[None]:
+    """Within it, the model's layers but `apart` keep their inputs only.
 
-    transformers asks for checkpointing in training mode only. In evaluation mode (PPO, dropout off)
-    a layer is told that it trains until it asks, and computes as it was.
+    `again(function, *inputs)` makes their calls (`recomputed`). transformers asks for it in
+    training mode only. In evaluation mode (PPO, dropout off) a layer is told that it trains until
+    it asks, and computes as it was.
     """
-    if not enabled:
-        yield
-        return
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
-    assert layers, f"{type(model).__name__} has no layers that can be recomputed"
+    found = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    assert found, f"{type(model).__name__} has no layers that can be recomputed"
+    modes = {layer: layer.training for layer in found if layer is not apart}
 
-    modes = {layer: layer.training for layer in layers}
+    def run(layer: GradientCheckpointingLayer, function: Callable[..., Any], *args: Any) -> Any:
+        return again(_in_mode(layer, modes[layer], function), *args)
 
-    def run(function: partial[Any], *args: Any) -> Any:
-        layer = function.args[0]
-        return recomputed(model, adapter, _in_mode(layer, modes[layer], function), *args)
-
-    for layer in layers:
+    for layer in modes:
         layer.gradient_checkpointing, layer.training = True, True
-        layer._gradient_checkpointing_func = run  # type: ignore[assignment]
+        layer._gradient_checkpointing_func = partial(run, layer)  # type: ignore[assignment]
     try:
         yield
     finally:
-        for layer in layers:
+        for layer, mode in modes.items():
             del layer.gradient_checkpointing
-            layer.training = modes[layer]
+            layer.training = mode
 
 
 def _in_mode(layer: nn.Module, training: bool, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -3,7 +3,9 @@
 import hashlib
 import re
 from collections.abc import Collection, Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from pipeline.codec import Codec
 from pipeline.models.adapters import activate, adapter_names, adapter_parameters, is_of
 from pipeline.models.heads import ScalarHead
 from pipeline.models.joiner import PackedJoiner, make_joiner
+from pipeline.models.last_layer import choose_places, last_layer_at, selective_layer
 from pipeline.models.passes import body, recomputed, recomputing, tail
 from pipeline.tensors import entropy, token_logprobs, widen
 
@@ -96,6 +99,8 @@ class Trunk(nn.Module):
         self.origin = origin
         self.tokenizer: Any = None  # the one that came with the base, if it was loaded
         self.joiner = make_joiner(model)
+        # In a tuple: the layer is the model's, not one more module of the trunk.
+        self.selective = (selective_layer(model),)
         self.recompute = False  # activations of the layers, in the backward pass (checkpointing)
 
     # --- computation ---
@@ -116,17 +121,14 @@ class Trunk(nn.Module):
         activate(self.model, role.adapter)
         if isinstance(batch, DecodeStep):
             return self._decode(batch, role)
-        joined = self.joiner(batch)
-        with recomputing(self.model, role.adapter, self.recompute and torch.is_grad_enabled()):
-            states = body(self.model)(**joined.inputs, use_cache=False)
-        hidden = states.last_hidden_state  # (B, T, d)
         mask = batch.response_mask
+        of_tokens = not {"values", "logprobs", "entropy"}.isdisjoint(want)
+        of_last = "scores" in want
+        states, hidden_md, is_last = self._states(batch, role, of_tokens, of_last)
         out = TrunkOutput()
-        if "scores" in want:
-            out.scores = self._head(role)(hidden[joined.rows, joined.last])
-        if "values" in want or "logprobs" in want or "entropy" in want:
-            b_n, r_n = mask.nonzero(as_tuple=True)
-            hidden_nd = hidden[joined.rows[b_n], joined.predictors[b_n, r_n]]
+        if of_last:
+            out.scores = self._head(role)(hidden_md[is_last] if of_tokens else hidden_md)
+        hidden_nd = hidden_md[~is_last] if of_last else hidden_md
         if "values" in want:
             out.values = _scatter(self._head(role)(hidden_nd), mask)
         if "logprobs" in want or "entropy" in want:
@@ -138,6 +140,42 @@ class Trunk(nn.Module):
             if "entropy" in want:
                 out.entropy = _scatter(entropy_n, mask)
         return out
+
+    def _states(
+        self, batch: TokenBatch, role: Role, of_tokens: bool, of_last: bool
+    ) -> tuple[Any, Tensor, Tensor]:
+        """What the body returned, and the M final hidden states that are read, row by row, (M, d).
+
+        In each row those before its response tokens, if `of_tokens`, and at its last token, if
+        `of_last`; (M,) tells which are the last.
+        """
+        joined = self.joiner(batch)
+        at_end = torch.ones_like(joined.last, dtype=torch.bool).unsqueeze(1)  # (B, 1)
+        masks = [batch.response_mask] * of_tokens + [at_end] * of_last
+        columns = [joined.predictors] * of_tokens + [joined.last.unsqueeze(1)] * of_last
+        wanted, columns_bs = torch.cat(masks, 1), torch.cat(columns, 1)  # (B, S)
+        width = joined.inputs["input_ids"].shape[1]
+        (layer,), places = self.selective, None
+        if layer is not None and not self.packs:
+            places = choose_places(columns_bs, wanted, width, self.hidden_size)
+        again = partial(recomputed, self.model, role.adapter)
+        recomputes = self.recompute and torch.is_grad_enabled()
+        with ExitStack() as stack:
+            if recomputes:
+                apart = layer if places is not None else None
+                stack.enter_context(recomputing(self.model, again, apart))
+            if layer is not None and places is not None:
+                stack.enter_context(last_layer_at(layer, places, again if recomputes else None))
+            states = body(self.model)(**joined.inputs, use_cache=False)
+        hidden = states.last_hidden_state
+        if places is None:
+            rows = joined.rows.unsqueeze(1).expand_as(columns_bs)
+            hidden_md = hidden[rows[wanted], columns_bs[wanted]]
+        else:
+            hidden_md = hidden.squeeze(0) if places.is_flat else hidden[wanted]
+        is_last = torch.zeros_like(wanted)
+        is_last[:, -1] = of_last
+        return states, hidden_md, is_last[wanted]
 
     def _token_numbers(
         self,
@@ -217,7 +255,7 @@ class Trunk(nn.Module):
             return setting
         if self.device.type != "cpu":
             return DEVICE_TOKENS
-        return min(max(CPU_STATES // self.hidden_size, 256), 1024)
+        return min(max(CPU_STATES // self.hidden_size, 256), 4096)
 
     # --- parts ---
 

@@ -168,12 +168,9 @@ class PpoOptimSection(OptimSection):
         None, description="Approximate KL, in nats a token, above which an iteration stops early."
     )
     value_warmup_iterations: NonNegativeInt = Field(
-        0, description="First iterations that train the value model only."
-    )
-    value_warmup_limit: NonNegativeInt = Field(
-        10,
-        description="Most warm-up iterations where there is no reward model to start the value "
-        "model from; the warm-up then ends once explained variance is above 0.",
+        0,
+        description="First iterations that train the value model only. A new value head starts at "
+        "zero and needs none.",
     )
 
 

@@ -42,7 +42,6 @@ class Models:
     policy: Handle
     reference: Handle
     value: Handle
-    value_from_reward: bool  # otherwise its head is zero and wants a warm-up
 
     def roles(self, rewards: RewardSource | None) -> Roles:
         """Every model in memory by its role; a function as a reward is none."""
@@ -115,16 +114,16 @@ def build_models(start: Handle, rewards: RewardSource, config: Any, store: Model
     policy = store.trainable_copy(start, "policy", section.tuning, lora)
     source = rewards.handle if isinstance(rewards, ModelReward) else None
     if section.value == "shared":
-        value, from_reward = _with_head(policy, None), False
+        value = _with_head(policy, None)
     else:
         copied = store.trainable_copy(source or start, "value", section.tuning, lora)
-        value, from_reward = _with_head(copied, source), source is not None
+        value = _with_head(copied, source)
     # Last: all that starts from the start's weights has them by now.
     reference = start.with_role("reference")
     if section.reference.is_set:
         is_shared = source is not None and source.trunk is start.trunk
         reference = _placed(reference, section.reference, store, is_shared=is_shared)
-    return Models(policy, reference, value, value_from_reward=from_reward)
+    return Models(policy, reference, value)
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,6 @@ class Training:
         if section.kl.controller == "adaptive":
             self.kl = AdaptiveKl(section.kl_coef, section.kl.target, section.kl.horizon)
         self.stop_rules = StopRules(**section.stop.model_dump())
-        self.value_is_warm = self.models.value_from_reward
         self.checkpoints = Checkpoints(context, self.models.policy)
         codec, root = self.models.policy.codec, context.folder.root
         self.texts = FixedTexts(root / "texts.jsonl", codec, section.held_out.num_texts)
@@ -182,7 +181,7 @@ class Training:
 
     def update(self, experience: Experience, iteration: int) -> dict[str, float]:
         """One update of policy and value, or of the value alone while it warms up."""
-        warm = self.is_warm(experience, iteration)
+        warm = iteration > self.section.optim.value_warmup_iterations
         metrics = rollout_metrics(
             experience.rollout,
             self.section.kl,
@@ -195,17 +194,6 @@ class Training:
         if warm:
             self.kl.update(metrics["kl"], self.section.rollout.num_rollouts)
         return metrics | update_metrics(steps) | self.updater.learning_rates()
-
-    def is_warm(self, experience: Experience, iteration: int) -> bool:
-        """Whether the value model is good enough for the policy to learn from.
-
-        After `value_warmup_iterations`; and where it has no reward model to start from, once it
-        explains something of the returns, or after `value_warmup_limit` iterations.
-        """
-        optim = self.section.optim
-        explains = experience.explained_variance > 0 or iteration > optim.value_warmup_limit
-        self.value_is_warm = self.value_is_warm or explains
-        return self.value_is_warm and iteration > optim.value_warmup_iterations
 
     def stop_reason(self, metrics: Mapping[str, float]) -> str | None:
         """Which rule of `ppo.stop` the run has broken for too long, if any."""

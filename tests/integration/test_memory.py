@@ -30,7 +30,7 @@ reward: {max_steps: 1, batch_size: 8, normalisation: {num_samples: 4}}
 ppo:
   iterations: 2
   rollout: {prompts_per_iteration: 8, max_new_tokens: 8}
-  optim: {ppo_epochs: 1, value_warmup_limit: 0}
+  optim: {ppo_epochs: 1}
   held_out: {num_prompts: 2}
 evaluation: {prompts: 2, max_new_tokens: 4, max_n: 2}
 """

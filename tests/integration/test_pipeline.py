@@ -153,7 +153,6 @@ def test_a_changed_reward_takes_the_middle_of_the_chain_out(inside):
         "c.yaml",
         "run.name=words",
         "ppo.rewards=words.py:count",
-        "ppo.optim.value_warmup_limit=1",
         "--from",
         "runs/whole",
     )

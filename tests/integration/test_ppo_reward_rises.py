@@ -119,7 +119,7 @@ def test_reward_rises(tuning: str, value: str, rate: float, tmp_path: Path) -> N
         "learning_rate": rate,
         "minibatches": 2,
         "value_coef": 0.5,
-        "value_warmup_limit": 3,
+        "value_warmup_iterations": 1,
     }
     context = make_context(tmp_path, {"tuning": tuning, "value": value, "optim": optim})
     start = context.store.open(context.parents["sft"])
@@ -135,7 +135,7 @@ def test_reward_rises(tuning: str, value: str, rate: float, tmp_path: Path) -> N
     # About 4% of a random model's letters are e; 20 iterations must bring at least 20 points more.
     assert first < 0.1 and last > first + 0.2, (first, last)
     assert summary["held_out_reward_best"] > summary["held_out_reward_start"] + 0.2
-    # The value model had no reward model to start from: it warmed up before the policy moved.
+    # The value model warmed up before the policy moved.
     assert [rows[step]["kl"] for step in (1, 2)] == pytest.approx([0, 0], abs=1e-4)
     assert "grad_norm_policy" not in rows[1] and rows[20]["grad_norm_policy"] > 0
     assert rows[20]["kl"] > 1
@@ -168,7 +168,7 @@ def test_best_policy_is_kept_when_the_run_diverges(tmp_path: Path) -> None:
         "tuning": "lora",
         "iterations": 8,
         "keep": "last",
-        "optim": {"learning_rate": 1e-2, "value_warmup_limit": 1},
+        "optim": {"learning_rate": 1e-2},
         "stop": {"max_kl": 1e-6, "patience": 2},
     }
     context = make_context(tmp_path, ppo)
@@ -194,7 +194,7 @@ def test_runs_own_reward_model_scores_and_starts_the_value(tuning: str, tmp_path
     context.tracker.close()
     assert summary["kept_iteration"] == 2
     rows = [json.loads(line) for line in context.folder.metrics_jsonl.read_text().splitlines()]
-    assert rows[1]["grad_norm_policy"] > 0  # no warm-up: the value model starts from the reward
+    assert rows[1]["grad_norm_policy"] > 0
     assert rows[1]["explained_variance"] != 0
     # The trunk that lives on has what evaluation needs, and no value model.
     policy = context.store.open(context.folder.artifact)

@@ -27,7 +27,7 @@ def context_for(root: Path, url: str, iterations: int, **ppo: Any) -> Context:
         "vllm": {"url": url, "retries": 0},
         **ppo.pop("rollout", {}),
     }
-    optim = {"learning_rate": 2e-2, "minibatches": 2, "value_coef": 0.5, "value_warmup_limit": 1}
+    optim = {"learning_rate": 2e-2, "minibatches": 2, "value_coef": 0.5}
     held_out = {"every": iterations, "num_prompts": 8, "num_texts": 1}
     mine = {"iterations": iterations, "rollout": rollout, "optim": optim, "held_out": held_out}
     return make_context(root, {**mine, **ppo})

@@ -41,7 +41,7 @@ ppo:
   iterations: 2
   keep: last
   rollout: {prompts_per_iteration: 8, max_new_tokens: 8}
-  optim: {ppo_epochs: 2, value_warmup_limit: 0, learning_rate: 1.0e-2}
+  optim: {ppo_epochs: 2, learning_rate: 1.0e-2}
   held_out: {num_prompts: 2, every: 1}
 evaluation: {prompts: 2, max_new_tokens: 4, max_n: 2}
 """

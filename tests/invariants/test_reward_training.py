@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pipeline.config import RunSection
 from pipeline.models.heads import ScalarHead
+from pipeline.models.lean_layers import slim
 from pipeline.models.trunk import BaseOrigin, Handle, Role, Trunk
 from stages.reward.config import RewardSection
 from stages.reward.rankings import EncodedRanking, RankingBatch, RankingRows
@@ -33,7 +34,9 @@ def tiny_handle(seed: int = 0) -> Handle:
         max_position_embeddings=64,
         tie_word_embeddings=True,
     )
-    trunk = Trunk(LlamaForCausalLM(config).double(), BaseOrigin("tiny", "tiny"))
+    model = LlamaForCausalLM(config).double()
+    slim(model)  # transformers' norms round to float32
+    trunk = Trunk(model, BaseOrigin("tiny", "tiny"))
     trunk.freeze()
     trunk.add_head("reward").init_normal(torch.Generator().manual_seed(seed))
     return Handle(trunk, Role("reward", None, "reward"), codec=None)

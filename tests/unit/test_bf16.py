@@ -130,9 +130,8 @@ def test_reductions_are_made_in_float32(temperature: float, rows: int, monkeypat
     logits, states = [], []
     layer = model.get_output_embeddings()
     layer.register_forward_hook(lambda _module, _args, out: logits.append(out[0]))
-    model.get_decoder().register_forward_hook(
-        lambda _module, _args, out: states.append(out.last_hidden_state)
-    )
+    head = handle.trunk.heads["value"]
+    head.register_forward_pre_hook(lambda _module, args: states.append(args[0]))
     responses = [[7, 8, 9], [10], [11, 12, 13, 14], [15], [16, 17]]
     batch = TokenBatch.from_ragged(PROMPTS, responses, pad_id=0)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
@@ -149,10 +148,9 @@ def test_reductions_are_made_in_float32(temperature: float, rows: int, monkeypat
     wanted = -(exact.exp() * exact).sum(-1)
     torch.testing.assert_close(out.entropy[mask].double(), wanted, rtol=0, atol=2e-5)
     # Heads read the states as they are, in float32.
-    head = handle.trunk.heads["value"]
-    last = [len(p) + len(r) - 1 for p, r in zip(PROMPTS, responses, strict=True)]
-    wanted = states[0][range(5), last].double() @ head.weight.double() + head.bias
-    torch.testing.assert_close(out.scores.double(), wanted, rtol=0, atol=1e-5)
+    for states_nd, found_n in zip(states, (out.scores, out.values[mask]), strict=True):
+        wanted = states_nd.double() @ head.weight.double() + head.bias
+        torch.testing.assert_close(found_n.double(), wanted, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

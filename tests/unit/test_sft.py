@@ -27,6 +27,7 @@ from pipeline.errors import ModelError
 from pipeline.fence import fenced
 from pipeline.hf_trainer import FitSummary
 from pipeline.models.adapters import add_adapter, lora_config
+from pipeline.models.lean_layers import slim
 from pipeline.models.store import ModelStore
 from pipeline.models.trunk import BaseOrigin, Role, Trunk
 from pipeline.records import Demonstration, Message
@@ -66,12 +67,11 @@ def trunk(dtype: torch.dtype = torch.float64) -> Trunk:
         intermediate_size=24,
         num_hidden_layers=2,
         num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
         initializer_range=0.3,
-        attention_dropout=0.0,
     )
-    made = Trunk(LlamaForCausalLM(config).to(dtype), BaseOrigin("test", "test"))
+    model = LlamaForCausalLM(config).to(dtype)
+    slim(model)  # transformers' norms round to float32
+    made = Trunk(model, BaseOrigin("test", "test"))
     made.freeze()
     return made
 

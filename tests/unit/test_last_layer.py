@@ -1,0 +1,165 @@
+"""The last layer at the positions that are read, against the whole pass."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from pipeline.batches import TokenBatch
+from pipeline.models import last_layer, trunk
+from pipeline.models.joiner import DecoderJoiner
+from pipeline.models.last_layer import FAMILIES, Places, choose_places, selective_layer
+from pipeline.models.trunk import Handle
+
+# More rows and longer prompts than the two windows of 4 tokens that some families have.
+PROMPTS = [[5, 6, 7, 8, 9, 10, 14], [11, 12, 15, 16, 17], [13]]
+RESPONSES = [[20, 21], [22, 23, 24], [27]]
+EVERYTHING = {"logprobs", "entropy", "values", "scores"}
+# Some compute norms, a softmax or a router in float32 whatever the type of the weights.
+EXACT = {"llama", "mistral", "phi", "phi3", "qwen2", "granite", "starcoder2", "gpt_neox", "opt"}
+
+
+def everywhere(columns, mask, width, hidden_size) -> None:
+    return None
+
+
+def padded(columns, mask, width, hidden_size) -> Places:
+    rows = torch.arange(len(mask)).unsqueeze(1).expand_as(columns)
+    return Places(rows, columns, is_flat=False)
+
+
+def flat(columns, mask, width, hidden_size) -> Places:
+    rows = torch.arange(len(mask)).unsqueeze(1).expand_as(columns)
+    return Places(rows[mask].unsqueeze(0), columns[mask].unsqueeze(0), is_flat=True)
+
+
+def numbers_and_gradients(
+    handle: Handle, choose: Callable[..., Places | None], monkeypatch, want=EVERYTHING
+) -> list[torch.Tensor]:
+    monkeypatch.setattr(trunk, "choose_places", choose)
+    handle.trunk.requires_grad_(True)
+    handle.trunk.zero_grad()
+    out = handle(TokenBatch.from_ragged(PROMPTS, RESPONSES, pad_id=0), want)
+    found = [getattr(out, name) for name in sorted(want)]
+    # Each number pulls with a weight of its own, so that no two errors cancel.
+    weights = torch.linspace(-1, 2, sum(x.numel() for x in found), dtype=found[0].dtype)
+    (torch.cat([x.flatten() for x in found]) * weights).sum().backward()
+    gradients = [p.grad.flatten() for p in handle.trunk.parameters() if p.grad is not None]
+    return [*(x.detach() for x in found), torch.cat(gradients)]
+
+
+def with_head(handle: Handle) -> Handle:
+    handle.trunk.add_head("h").init_normal(torch.Generator().manual_seed(0))
+    return handle.with_role("r", head="h")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "attention"),
+    # Gemma 2 is eager only: it caps the products.
+    [(m, a) for m in sorted(FAMILIES) for a in ("sdpa", "eager") if (m, a) != ("gemma2", "sdpa")],
+)
+def test_numbers_and_gradients_are_those_of_the_whole_pass(
+    make_handle, model_type, attention, monkeypatch
+):
+    dtype = "float64" if model_type in EXACT else "float32"
+    handle = with_head(make_handle(model_type, dtype))
+    handle.trunk.model.set_attn_implementation(attention)
+    assert selective_layer(handle.trunk.model) is handle.trunk.model.get_decoder().layers[-1]
+    whole = numbers_and_gradients(handle, everywhere, monkeypatch)
+    # Gemma 3 scales rotary frequencies in float32; eager attention takes a softmax in float32.
+    tolerance = 1e-9 if dtype == "float64" and attention == "sdpa" else 2e-4
+    for choose in (padded, flat):
+        seen = watch_last_layer(handle)
+        chosen = numbers_and_gradients(handle, choose, monkeypatch)
+        places = 3 * 4 if choose is padded else 6 + 3  # (2, 3, 1) responses, and three ends
+        assert seen() == places
+        for one, other in zip(chosen, whole, strict=True):
+            torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+
+
+def watch_last_layer(handle: Handle) -> Callable[[], int]:
+    """How many positions went through the last layer's feed-forward part; call it to end."""
+    layer = handle.trunk.model.get_decoder().layers[-1]
+    name = next(n for n in ("mlp", "fc1", "block_sparse_moe") if hasattr(layer, n))
+    counts: list[int] = []
+    hook = getattr(layer, name).register_forward_hook(
+        lambda _module, args, _out: counts.append(args[0][..., 0].numel())
+    )
+
+    def end() -> int:
+        hook.remove()
+        (count,) = counts
+        return count
+
+    return end
+
+
+@pytest.mark.parametrize("want", [{"scores"}, {"values"}, {"logprobs"}])
+@pytest.mark.parametrize("choose", [padded, flat])
+def test_each_number_alone(make_handle, want, choose, monkeypatch):
+    handle = with_head(make_handle())
+    whole = numbers_and_gradients(handle, everywhere, monkeypatch, want)
+    chosen = numbers_and_gradients(handle, choose, monkeypatch, want)
+    for one, other in zip(chosen, whole, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("choose", [padded, flat])
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "opt"])
+def test_left_padding_and_its_mask(make_handle, model_type, choose, monkeypatch):
+    handle = with_head(make_handle(model_type))
+    handle.trunk.joiner = DecoderJoiner(handle.trunk.model, "left")
+    whole = numbers_and_gradients(handle, everywhere, monkeypatch)
+    chosen = numbers_and_gradients(handle, choose, monkeypatch)
+    for one, other in zip(chosen, whole, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("choose", [padded, flat])
+@pytest.mark.parametrize("training", [False, True])
+def test_recomputation_changes_nothing(make_handle, choose, training, monkeypatch):
+    handle = with_head(make_handle())
+    handle.trunk.train(training)
+    kept = numbers_and_gradients(handle, choose, monkeypatch)
+    handle.trunk.recompute = True
+    calls = []
+    for layer in handle.trunk.model.get_decoder().layers:
+        layer.mlp.register_forward_pre_hook(lambda *_args: calls.append(1))
+    again = numbers_and_gradients(handle, choose, monkeypatch)
+    assert len(calls) == 2 * len(handle.trunk.model.get_decoder().layers)
+    for one, other in zip(again, kept, strict=True):
+        assert torch.equal(one, other)
+    assert "forward" not in vars(handle.trunk.model.get_decoder().layers[-1])
+
+
+def test_others_go_through_all_positions(make_handle):
+    assert selective_layer(make_handle("gpt2").trunk.model) is None  # reshapes to its input
+    assert selective_layer(make_handle("bloom").trunk.model) is None  # ALiBi
+    llama = make_handle().trunk.model
+    assert selective_layer(llama) is not None
+    llama.config._attn_implementation_internal = "flash_attention_2"
+    assert selective_layer(llama) is None
+
+
+def test_the_cheapest_way_is_chosen():
+    """Products a query: 6 x hidden size, and one a key; here 60, and 10 columns a row."""
+
+    def choose(lengths: list[int], width: int = 10, hidden_size: int = 10) -> Places | None:
+        columns = torch.arange(max(lengths)).expand(len(lengths), -1)
+        mask = columns < torch.tensor(lengths).unsqueeze(1)
+        return choose_places(columns, mask, width, hidden_size)
+
+    # Even rows: 2 x 5 x (60 + 10) = 700 padded, 10 x (60 + 20) = 800 flat, 1,400 in all.
+    even = choose([5, 5])
+    assert even is not None and not even.is_flat and even.columns.shape == (2, 5)
+    # Ragged: 2 x 6 x 70 = 840 padded, 7 x 80 = 560 flat.
+    ragged = choose([6, 1])
+    assert ragged is not None and ragged.is_flat
+    assert ragged.rows.tolist() == [[0] * 6 + [1]]
+    assert ragged.columns.tolist() == [[0, 1, 2, 3, 4, 5, 0]]
+    # Nearly all: 2 x 8 x 70 = 1,120 is more than three quarters of 1,400.
+    assert choose([8, 8]) is None
+    # Short rows in a wide model: 8 of 2 x 10 positions, 6,040 flat for 6,020 padded a query.
+    many = choose([7, 1], hidden_size=1000)
+    assert many is not None and many.is_flat
+    assert last_layer.WORTH_IT == 0.75
