@@ -7,8 +7,9 @@ without an end) of the responses sampled in it, at the seconds of work before it
 SFT policy's reward plus 80% of TRL's final gain; a curve reaches it where the line between two
 points first does. Loading, held-out scoring and files count for neither side.
 
-In the end our code scores both final policies on the same held-out prompts with the same noise: a
-speed counts only if our policy is as good, within noise, at no larger KL.
+Ours runs twice, with a value adapter of its own and with the value head on the policy's trunk. In
+the end our code scores all final policies on the same held-out prompts with the same noise: a speed
+counts only if our policy is as good, within noise, at no larger KL.
 """
 
 import json
@@ -28,6 +29,7 @@ CONFIG = ROOT / "configs" / "quickstart.yaml"
 OURS = Path(sys.executable)
 SHARE_OF_GAIN = 0.8
 TARGET = 3.0
+VALUES = {"own value": "separate", "shared value": "shared"}  # our sides, and their ppo.value
 LAST = 3  # iterations whose mean is a final reward
 KL_TOLERANCE = 0.15
 # Of the pipeline's PPO: nothing that the other side does not do either.
@@ -47,12 +49,12 @@ def compare(
     overrides: Sequence[str] = (),
     trl_value: str = "lora",
 ) -> dict[str, Any]:
-    """All seeds, and what they come to together. `overrides` are for our PPO alone."""
+    """What all seeds come to, for each of our sides. `overrides` are for our PPO alone."""
     results = []
     for seed in seeds:
         print(f"W4, seed {seed} ...", file=sys.stderr)
         results.append(run_seed(seed, runs, peer, QUICK if quick else [], overrides, trl_value))
-    return summarise(results)
+    return {side: summarise([result[side] for result in results]) for side in VALUES}
 
 
 def run_seed(
@@ -63,7 +65,7 @@ def run_seed(
     overrides: Sequence[str],
     trl_value: str,
 ) -> dict[str, Any]:
-    """Both programs from the same SFT and reward model; their curves and final policies."""
+    """All from the same SFT and reward model: curves and final policies of TRL and each side."""
     name = f"ppo-vs-trl-{'quick-' if common else ''}seed-{seed}"
     base = runs.absolute() / name
     settings = [f"run.seed={seed}", "run.trackers=[]", *common]
@@ -75,22 +77,26 @@ def run_seed(
         spec = {"run": str(base), "folder": folder, "value": trl_value, "seed": seed}
         exported = run_module("benchmarks.ppo_peer.quickstart_ours", OURS, spec)
         trl = run_module("benchmarks.ppo_peer.quickstart_trl", peer, spec | exported)
-        ours = place / "ours"
-        where = [f"run.name={ours.name}", f"run.folder={ours.parent}"]
-        pipeline("ppo", [*settings, *PLAIN, *overrides, *where, "--from", str(base)])
+        policies, curves = {"trl": trl["policy"]}, {}
+        for side, value in VALUES.items():
+            ours = place / value
+            where = [f"run.name={ours.name}", f"run.folder={ours.parent}", f"ppo.value={value}"]
+            pipeline("ppo", [*settings, *PLAIN, *where, *overrides, "--from", str(base)])
+            policies[side] = str(ours)
+            curves[side] = our_curve(ours / "ppo" / "metrics.jsonl")
         judged = run_module(
-            "benchmarks.ppo_peer.quickstart_ours",
-            OURS,
-            spec | {"policies": {"ours": str(ours), "trl": trl["policy"]}},
+            "benchmarks.ppo_peer.quickstart_ours", OURS, spec | {"policies": policies}
         )
-        curve = our_curve(ours / "ppo" / "metrics.jsonl")
     return {
-        "seed": seed,
-        "probe_difference": trl["probe_difference"],
-        "trl_settings": trl["settings"],
-        "curves": {"ours": curve, "trl": trl["curve"]},
-        "final": judged,
-        **times(curve, trl["curve"]),
+        side: {
+            "seed": seed,
+            "probe_difference": trl["probe_difference"],
+            "trl_settings": trl["settings"],
+            "curves": {"ours": curve, "trl": trl["curve"]},
+            "final": {"sft": judged["sft"], "trl": judged["trl"], "ours": judged[side]},
+            **times(curve, trl["curve"]),
+        }
+        for side, curve in curves.items()
     }
 
 
@@ -191,7 +197,12 @@ def summarise(results: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def table(result: dict[str, Any]) -> str:
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """For each of our sides one line a seed, then the verdict."""
+    return "\n\n".join(side_table(side, result) for side, result in results.items())
+
+
+def side_table(side: str, result: dict[str, Any]) -> str:
     """One line a seed, then the verdict."""
     lines = [
         "| seed | reward: SFT | target | s to target: TRL | ours | times faster "
@@ -215,8 +226,8 @@ def table(result: dict[str, Any]) -> str:
     gap = result["reward_gap"]
     lines += [
         "",
-        f"W4: {cell(result['ratio'], 2)} times faster to SFT's reward + {SHARE_OF_GAIN:.0%} of "
-        f"TRL's final gain (target {TARGET:g}). Held-out reward, ours less TRL's: "
+        f"W4, ours with {side}: {cell(result['ratio'], 2)} times faster to SFT's reward + "
+        f"{SHARE_OF_GAIN:.0%} of TRL's final gain (target {TARGET:g}). Held-out reward, ours less TRL's: "
         f"{gap['mean']:+.3f} (standard error {gap['standard_error']:.3f}), at a KL of "
         f"{result['kl']['ours']:.1f} against {result['kl']['trl']:.1f} nats: "
         f"{'as good' if result['as_good'] else 'NOT as good, so the speed does not count'}.",
