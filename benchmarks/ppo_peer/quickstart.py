@@ -227,8 +227,8 @@ def side_table(side: str, result: dict[str, Any]) -> str:
     lines += [
         "",
         f"W4, ours with {side}: {cell(result['ratio'], 2)} times faster to SFT's reward + "
-        f"{SHARE_OF_GAIN:.0%} of TRL's final gain (target {TARGET:g}). Held-out reward, ours less TRL's: "
-        f"{gap['mean']:+.3f} (standard error {gap['standard_error']:.3f}), at a KL of "
+        f"{SHARE_OF_GAIN:.0%} of TRL's final gain (target {TARGET:g}). Held-out reward, ours less "
+        f"TRL's: {gap['mean']:+.3f} (standard error {gap['standard_error']:.3f}), at a KL of "
         f"{result['kl']['ours']:.1f} against {result['kl']['trl']:.1f} nats: "
         f"{'as good' if result['as_good'] else 'NOT as good, so the speed does not count'}.",
     ]

@@ -24,7 +24,7 @@ from pipeline.tensors import entropy, token_logprobs, widen
 LOGITS_AT_A_TIME = 1 << 24
 # Tokens of a micro-batch where none are set: on an accelerator, and tokens x width on a processor.
 DEVICE_TOKENS = 8192
-CPU_STATES = 1024 * 384
+CPU_STATES = 768 * 384
 
 
 @dataclass(frozen=True)

@@ -334,7 +334,7 @@ def test_a_module_called_like_an_adapter_is_not_taken_for_it():
 
 @pytest.mark.parametrize(
     ("width", "tokens"),
-    [(16, 4096), (128, 3072), (384, 1024), (768, 512), (4096, 256)],  # 1,024 x 384 / width
+    [(16, 4096), (128, 2304), (384, 768), (768, 384), (4096, 256)],  # 768 x 384 / width
 )
 def test_micro_batches_suit_a_processors_cache(make_handle, width, tokens, monkeypatch):
     trunk = make_handle().trunk
