@@ -17,7 +17,7 @@ from pipeline.models.adapters import activate, adapter_names, adapter_parameters
 from pipeline.models.heads import ScalarHead
 from pipeline.models.joiner import PackedJoiner, make_joiner
 from pipeline.models.last_layer import choose_places, last_layer_at, selective_layer
-from pipeline.models.passes import body, recomputed, recomputing, tail
+from pipeline.models.passes import body, recomputed, recomputing, row_by_row, tail
 from pipeline.tensors import entropy, token_logprobs, widen
 
 # Elements of the logits in memory at a time: 64 MiB in float32.
@@ -188,8 +188,9 @@ class Trunk(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies (N,), from logits of a bounded number of rows at a time.
 
-        Where more rows than one chunk need gradient, the logits of each chunk are made again in the
-        backward pass: what is kept does not grow with the vocabulary.
+        Of more rows than one chunk, what is kept for the backward pass does not grow with the
+        vocabulary: under a frozen output layer each log-prob's slope is (`passes.row_by_row`);
+        otherwise the logits of each chunk are made again.
         """
 
         def numbers(hidden_nd: Tensor, ids_n: Tensor) -> tuple[Tensor, Tensor]:
@@ -199,17 +200,26 @@ class Trunk(nn.Module):
             logprobs_n = token_logprobs(logits_nv, ids_n)
             return logprobs_n, entropy(logits_nv) if with_entropy else logprobs_n.detach()
 
+        def logprobs(ids_n: Tensor, hidden_nd: Tensor) -> Tensor:
+            return numbers(hidden_nd, ids_n)[0]
+
         rows = max(1, LOGITS_AT_A_TIME // self.vocabulary_size)
         if len(ids_n) <= rows:
             return numbers(hidden_nd, ids_n)
-        parts = []
-        for chunk in zip(hidden_nd.split(rows), ids_n.split(rows), strict=True):
-            if torch.is_grad_enabled():
-                parts.append(recomputed(self.model, role.adapter, numbers, *chunk))
-            else:
-                parts.append(numbers(*chunk))
-        logprobs, entropies = zip(*parts, strict=True)
-        return torch.cat(logprobs), torch.cat(entropies)
+        chunks = zip(hidden_nd.split(rows), ids_n.split(rows), strict=True)
+        if not torch.is_grad_enabled():
+            parts = [numbers(*chunk) for chunk in chunks]
+        elif with_entropy or not hidden_nd.requires_grad or self._output_layer_trains:
+            parts = [recomputed(self.model, role.adapter, numbers, *chunk) for chunk in chunks]
+        else:
+            found = torch.cat([row_by_row(partial(logprobs, ids), x) for x, ids in chunks])
+            return found, found.detach()
+        logprobs_n, entropy_n = (torch.cat(found) for found in zip(*parts, strict=True))
+        return logprobs_n, entropy_n
+
+    @property
+    def _output_layer_trains(self) -> bool:
+        return any(w.requires_grad for w in self.model.get_output_embeddings().parameters())
 
     def _decode(self, step: DecodeStep, role: Role) -> DecodeOutput:
         inputs: dict[str, Any] = {"input_ids": step.input_ids}

@@ -1,6 +1,10 @@
-"""Recomputed activations in training mode: the same dropout the second time, and it does happen."""
+"""What is kept for the backward pass, and what is computed again."""
+
+import gc
+import weakref
 
 import torch
+from torch import nn
 
 from pipeline.batches import TokenBatch
 from pipeline.config import LoraSection
@@ -36,3 +40,43 @@ def test_the_second_pass_drops_what_the_first_one_dropped(make_handle):
     assert not torch.allclose(gradients(True, seed=2), plain)  # dropout was on
     blocks = handle.trunk.model.transformer.h
     assert all(block.training and not block.gradient_checkpointing for block in blocks)
+
+
+def test_a_frozen_output_layer_makes_logits_once(make_handle, monkeypatch):
+    """LoRA: the slopes of the log-probs are kept, (N, d), in place of logits or a second pass."""
+    handle = make_handle()
+    prompts, responses = [[5, 6, 7, 8], [9, 10], [11]], [[12, 13], [14, 15, 16, 17, 18], [19]]
+    batch = TokenBatch.from_ragged(prompts, responses, pad_id=0)
+    adapters.add_adapter(handle.trunk.model, "a", adapters.lora_config(LoraSection(rank=2)))
+    for parameter in adapters.adapter_parameters(handle.trunk.model, "a"):
+        parameter.data.normal_(generator=torch.Generator().manual_seed(0))
+        parameter.requires_grad_(True)
+    handle = handle.with_role("r", adapter="a")
+    limit = 3 * handle.trunk.vocabulary_size
+    monkeypatch.setattr("pipeline.models.trunk.LOGITS_AT_A_TIME", limit)
+    logits: list[weakref.ref[torch.Tensor]] = []
+    widest: list[int] = []
+
+    def watch(_module: nn.Module, _args: tuple[torch.Tensor], out: torch.Tensor) -> None:
+        logits.append(weakref.ref(out))
+        widest.append(out.shape[:-1].numel())
+
+    def run() -> tuple[torch.Tensor, torch.Tensor]:
+        handle.trunk.zero_grad()
+        logprobs = handle(batch, {"logprobs"}, 0.7).logprobs
+        gc.collect()
+        held = sum(made() is not None for made in logits)
+        # Each log-prob pulls with a weight of its own.
+        (logprobs.flatten() * torch.linspace(-1, 2, logprobs.numel())).sum().backward()
+        grads = [p.grad.flatten() for p in handle.parameters()]
+        assert held == 0
+        return logprobs.detach(), torch.cat(grads)
+
+    with monkeypatch.context() as plain:
+        plain.setattr("pipeline.models.trunk.row_by_row", lambda function, x: function(x))
+        wanted = run()
+    handle.trunk.model.get_output_embeddings().register_forward_hook(watch)
+    found = run()
+    assert widest == [3, 3, 2]  # 2 + 5 + 1 tokens, each once
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
