@@ -99,8 +99,9 @@ class Trunk(nn.Module):
         self.origin = origin
         self.tokenizer: Any = None  # the one that came with the base, if it was loaded
         self.joiner = make_joiner(model)
-        # In a tuple: the layer is the model's, not one more module of the trunk.
-        self.selective = (selective_layer(model),)
+        # Where it can be computed at some positions only. In a tuple: the layer is the model's, not
+        # one more module of the trunk.
+        self.last_layer = (selective_layer(model),)
         self.recompute = False  # activations of the layers, in the backward pass (checkpointing)
 
     # --- computation ---
@@ -155,7 +156,7 @@ class Trunk(nn.Module):
         columns = [joined.predictors] * of_tokens + [joined.last.unsqueeze(1)] * of_last
         wanted, columns_bs = torch.cat(masks, 1), torch.cat(columns, 1)  # (B, S)
         width = joined.inputs["input_ids"].shape[1]
-        (layer,), places = self.selective, None
+        (layer,), places = self.last_layer, None
         if layer is not None and not self.packs:
             places = choose_places(columns_bs, wanted, width, self.hidden_size)
         again = partial(recomputed, self.model, role.adapter)

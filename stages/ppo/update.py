@@ -229,10 +229,10 @@ class Updater:
         local_tokens = experience.rollout.batch.response_lengths[rows].sum()
         tokens = float(self.runtime.all_sum(local_tokens))
         parts = self._micro_batches([lengths[row] for row in rows])
+        passes = self._passes(train_policy)
         measured: list[Tensor] = []
         for number, part in enumerate(parts):
             chosen = [rows[position] for position in part]
-            passes = self._passes(train_policy)
             sums = []
             for want in passes:
                 loss, found = self._losses(experience, chosen, want)

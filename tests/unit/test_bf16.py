@@ -151,6 +151,17 @@ def test_reductions_are_made_in_float32(temperature: float, rows: int, monkeypat
     for states_nd, found_n in zip(states, (out.scores, out.values[mask]), strict=True):
         wanted = states_nd.double() @ head.weight.double() + head.bias
         torch.testing.assert_close(found_n.double(), wanted, rtol=0, atol=1e-5)
+    # And at the right places: against the states of a pass that makes them all.
+    handle.trunk.last_layer = (None,)
+    states.clear()
+    model.get_decoder().register_forward_hook(
+        lambda _module, _args, out: states.append(out.last_hidden_state)
+    )
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        out = handle(batch, {"scores"})
+    last = [len(p) + len(r) - 1 for p, r in zip(PROMPTS, responses, strict=True)]
+    wanted = states[0][range(5), last].double() @ head.weight.double() + head.bias
+    torch.testing.assert_close(out.scores.double(), wanted, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

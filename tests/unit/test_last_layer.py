@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from pipeline.batches import TokenBatch
-from pipeline.models import last_layer, trunk
+from pipeline.models import trunk
 from pipeline.models.joiner import DecoderJoiner
 from pipeline.models.last_layer import FAMILIES, Places, choose_places, selective_layer
 from pipeline.models.trunk import Handle
 
-# More rows and longer prompts than the two windows of 4 tokens that some families have.
+# Longer than the windows of 4 tokens that some families have (`conftest.FAMILY_EXTRA`).
 PROMPTS = [[5, 6, 7, 8, 9, 10, 14], [11, 12, 15, 16, 17], [13]]
 RESPONSES = [[20, 21], [22, 23, 24], [27]]
 EVERYTHING = {"logprobs", "entropy", "values", "scores"}
@@ -159,7 +159,6 @@ def test_the_cheapest_way_is_chosen():
     assert ragged.columns.tolist() == [[0, 1, 2, 3, 4, 5, 0]]
     # Nearly all: 2 x 8 x 70 = 1,120 is more than three quarters of 1,400.
     assert choose([8, 8]) is None
-    # Short rows in a wide model: 8 of 2 x 10 positions, 6,040 flat for 6,020 padded a query.
-    many = choose([7, 1], hidden_size=1000)
-    assert many is not None and many.is_flat
-    assert last_layer.WORTH_IT == 0.75
+    # A wide model: 14 x 6,010 = 84,140 padded, 8 x 6,020 = 48,160 flat, 120,200 in all.
+    wide = choose([7, 1], hidden_size=1000)
+    assert wide is not None and wide.is_flat

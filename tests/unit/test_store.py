@@ -1,5 +1,6 @@
 """The store: what is saved opens again to the same numbers, on one base, or says why not."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -112,6 +113,12 @@ class TestStore:
         config = LoraSection(rank=4)
         grown = store.trainable_copy(bare, "policy", "lora", config).trunk.model
         assert len(adapters.tuner_layers(grown)) == len(adapters.tuner_layers(sft.trunk.model))
+        # What a copy remembers of its layers is its own, also after adapters are baked into it.
+        again = copy.deepcopy(grown)
+        own = {id(module) for module in again.modules()}
+        assert {id(layer) for layer in adapters.tuner_layers(again)} <= own
+        adapters.bake(again, "policy")
+        assert adapters.tuner_layers(again) == [] != adapters.tuner_layers(grown)
         # The source has all that it had.
         assert adapters.adapter_names(sft.trunk.model) == {"reward", "value"}
         assert set(sft.trunk.heads) == {"reward", "value"}
