@@ -1,7 +1,7 @@
 """Ragged prompts and responses as padded tensors, and micro-batches within a token budget."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,7 +11,9 @@ from torch import Tensor
 class TokenBatch:
     """B prompts with one response each, right-padded; lengths, never pad ids, tell where they end.
 
-    How an architecture joins prompt and response is the joiner's business (`models.joiner`).
+    It rests on the host, where a pass over it is planned: what depends on lengths is known without
+    waiting for an accelerator. How an architecture joins prompt and response is the joiner's
+    business (`models.joiner`).
     """
 
     prompt_ids: Tensor  # (B, P)
@@ -25,20 +27,18 @@ class TokenBatch:
         prompts: Sequence[Sequence[int]],
         responses: Sequence[Sequence[int]],
         pad_id: int,
-        device: torch.device | str = "cpu",
     ) -> "TokenBatch":
         """Pad lists of token ids; every prompt and every response has at least one token."""
         assert len(prompts) == len(responses) > 0, (len(prompts), len(responses))
         assert all(prompts) and all(responses), "empty prompt or response"
-        prompt_ids, prompt_lengths = _pad(prompts, pad_id, device)
-        response_ids, response_lengths = _pad(responses, pad_id, device)
+        prompt_ids, prompt_lengths = _pad(prompts, pad_id)
+        response_ids, response_lengths = _pad(responses, pad_id)
         return cls(prompt_ids, prompt_lengths, response_ids, response_lengths)
 
     @property
     def response_mask(self) -> Tensor:
         """True on real response tokens, (B, R)."""
-        positions = torch.arange(self.response_ids.shape[1], device=self.response_ids.device)
-        return positions < self.response_lengths.unsqueeze(1)
+        return torch.arange(self.response_ids.shape[1]) < self.response_lengths.unsqueeze(1)
 
     @property
     def lengths(self) -> list[int]:
@@ -63,30 +63,19 @@ class TokenBatch:
     def __len__(self) -> int:
         return self.prompt_ids.shape[0]
 
-    def to(self, device: torch.device | str) -> "TokenBatch":
-        """The same batch on another device."""
-        return TokenBatch(*(getattr(self, field.name).to(device) for field in fields(self)))
 
-
-def _pad(
-    rows: Sequence[Sequence[int]], pad_id: int, device: torch.device | str
-) -> tuple[Tensor, Tensor]:
+def _pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
     lengths = [len(row) for row in rows]
     width = max(lengths)
     padded = [[*row, *([pad_id] * (width - len(row)))] for row in rows]
-    return (
-        torch.tensor(padded, dtype=torch.long, device=device),
-        torch.tensor(lengths, dtype=torch.long, device=device),
-    )
+    return torch.tensor(padded, dtype=torch.long), torch.tensor(lengths, dtype=torch.long)
 
 
-def pad_numbers(
-    rows: Sequence[Sequence[float]], dtype: torch.dtype, device: torch.device | str
-) -> Tensor:
+def pad_numbers(rows: Sequence[Sequence[float]], dtype: torch.dtype) -> Tensor:
     """Numbers of response tokens, one list a row, as (B, R) with zeros on padding."""
     width = max(len(row) for row in rows)
     padded = [[*row, *([0.0] * (width - len(row)))] for row in rows]
-    return torch.tensor(padded, dtype=dtype, device=device)
+    return torch.tensor(padded, dtype=dtype)
 
 
 # A row of at least this share of the width is padded to it; one that is shorter joins a micro-batch

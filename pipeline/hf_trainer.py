@@ -181,7 +181,7 @@ class PlannedTrainer(Trainer, ABC):
         for index, batch in enumerate(step.batches):
             last = index == len(step.batches) - 1
             with nullcontext() if last else self.accelerator.no_sync(model):
-                loss = self.loss_sum(model, batch.to(self.args.device)) * step.weight
+                loss = self.loss_sum(model, batch) * step.weight
                 # DDP averages gradients over processes; times their number it sums them.
                 self.accelerator.backward(loss * (self._world_size / step.units))
             losses.append(loss.detach())
@@ -219,8 +219,7 @@ class PlannedTrainer(Trainer, ABC):
         )
         with torch.no_grad():
             for group in share:
-                batch = rows.collate(group).to(self.args.device)
-                for name, value in self.eval_sums(module, batch).items():
+                for name, value in self.eval_sums(module, rows.collate(group)).items():
                     totals[name].append(value * weight)
         sums = {
             name: self._sum_over_processes(torch.stack(values).sum())

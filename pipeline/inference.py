@@ -21,8 +21,8 @@ def infer(
     """The outputs that `want` names (see `TrunkOutput`), (B, R) or (B,), by name.
 
     The rows pass in micro-batches of at most `token_budget` tokens (None: as suits the device),
-    padding included, in an order of their own; the outputs are in the order of the batch, on its
-    device. Where memory runs out, the micro-batches get smaller.
+    padding included, in an order of their own; the outputs are in the order of the batch, on the
+    host. Where memory runs out, the micro-batches get smaller.
 
     Raises:
         TrainingError: the longest row alone does not fit into memory.
@@ -30,24 +30,29 @@ def infer(
     lengths = batch.lengths
 
     def attempt(tokens: int) -> dict[str, Tensor]:
-        out: dict[str, Tensor] = {}
-        for rows in micro_batches(lengths, tokens, packed=handle.trunk.packs):
-            part = handle(batch.take(rows), want, temperature)
-            for name in want:
-                found: Tensor = getattr(part, name).to(batch.response_ids.device)
-                if name not in out:
-                    shape = batch.response_ids.shape[: found.dim()]
-                    out[name] = torch.zeros(shape, dtype=found.dtype, device=found.device)
-                if found.dim() == 1:
-                    out[name][rows] = found
-                else:
-                    out[name][rows, : found.shape[1]] = found
-        return out
+        groups = micro_batches(lengths, tokens, packed=handle.trunk.packs)
+        parts = [handle(batch.take(rows), want, temperature) for rows in groups]
+        # Only here the device is waited for.
+        return {
+            name: _in_order([getattr(part, name).cpu() for part in parts], groups, batch)
+            for name in want
+        }
 
     budget = handle.trunk.token_budget(token_budget)
     remedy = f"{max(lengths)} tokens, the longest row, do not fit the {handle.role.name} model"
     found, _ = halving(attempt, budget, min(budget, max(lengths)), remedy, undo=_nothing)
     return found
+
+
+def _in_order(parts: list[Tensor], groups: list[list[int]], batch: TokenBatch) -> Tensor:
+    """The outputs of groups of rows, (b, r) or (b,) each, in the order of the batch."""
+    out = torch.zeros(batch.response_ids.shape[: parts[0].dim()], dtype=parts[0].dtype)
+    for rows, found in zip(groups, parts, strict=True):
+        if found.dim() == 1:
+            out[rows] = found
+        else:
+            out[rows, : found.shape[1]] = found
+    return out
 
 
 def _nothing() -> None:

@@ -4,17 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
 from torch.utils.data import Dataset
 
 from pipeline.row_order import Plan, share_of
-
-
-class Batch(Protocol):
-    """A collated micro-batch: anything that moves to a device."""
-
-    def to(self, device: torch.device | str) -> Any:
-        """The same batch on `device`."""
 
 
 class Rows(Protocol):
@@ -32,7 +24,7 @@ class Rows(Protocol):
     def units(self) -> Sequence[int]:
         """Units of loss that each row holds."""
 
-    def collate(self, rows: Sequence[int]) -> Batch:
+    def collate(self, rows: Sequence[int]) -> Any:
         """These rows as one micro-batch."""
 
 

@@ -16,6 +16,20 @@ def widen(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def send(x: Tensor, device: torch.device) -> Tensor:
+    """`x` on a device that need not be waited for."""
+    return x.to(device, non_blocking=True)
+
+
+def scatter(x_n: Tensor, mask: Tensor) -> Tensor:
+    """`x_n` where `mask` is true, row by row, and zeros elsewhere; differentiable.
+
+    The mask rests on the host: N is known there, and the device need not be waited for.
+    """
+    places_n = send(mask.flatten().nonzero().squeeze(-1), x_n.device)
+    return x_n.new_zeros(mask.numel()).index_copy(0, places_n, x_n).view(mask.shape)
+
+
 def masked_sum(x: Tensor, mask: Tensor) -> Tensor:
     """Sum of `x` where `mask` is true; NaN behind a false mask does not spread."""
     return widen(x).masked_fill(~mask, 0.0).sum()

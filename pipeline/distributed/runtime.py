@@ -99,8 +99,9 @@ class Runtime:
         """Element-wise sum over processes."""
         if self.world_size == 1:
             return tensor
-        result: Tensor = self.accelerator.reduce(tensor, reduction="sum")
-        return result
+        # Collectives want a tensor on the device; sums of rollouts are made on the host.
+        total: Tensor = self.accelerator.reduce(tensor.to(self.device), reduction="sum")
+        return total.to(tensor.device)
 
     def gather_objects(self, rows: Sequence[T]) -> list[T]:
         """All processes' rows, in rank order, on every process."""

@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from pipeline.batches import TokenBatch, pad_numbers
 from pipeline.distributed import Runtime
@@ -21,6 +20,7 @@ from pipeline.errors import ConfigError, PipelineError, TrainingError
 from pipeline.generation.engine import Generations, Sampling
 from pipeline.generation.json_http import JsonServer, ServerFault
 from pipeline.generation.vllm_adapters import AdapterHandover
+from pipeline.inference import infer
 from pipeline.models.trunk import Handle
 
 # The first rows of each version of the policy are read by the trunk too. Other kernels and bf16
@@ -136,15 +136,12 @@ class VllmEngine:
         """Whether the server's log-probs are those of this policy at this temperature."""
         assert made.logprobs is not None
         rows = slice(CHECKED_ROWS)
-        device, dtype = handle.trunk.device, handle.trunk.number_dtype
-        batch = TokenBatch.from_ragged(
-            prompt_ids[rows], made.response_ids[rows], handle.codec.pad_id, device
-        )
-        theirs = pad_numbers(made.logprobs[rows], dtype, device)
+        pad_id = handle.codec.pad_id
+        batch = TokenBatch.from_ragged(prompt_ids[rows], made.response_ids[rows], pad_id)
+        theirs = pad_numbers(made.logprobs[rows], handle.trunk.number_dtype)
 
         def mismatch(at: float) -> float:
-            ours = handle(batch, ["logprobs"], at).logprobs
-            assert isinstance(ours, Tensor)
+            ours = infer(handle, batch, ["logprobs"], None, at)["logprobs"]
             return float((ours - theirs).abs()[batch.response_mask].mean())
 
         scaled = mismatch(temperature)

@@ -16,7 +16,7 @@ from pipeline.batches import TokenBatch
 
 @dataclass(frozen=True)
 class Joined:
-    """Model inputs with the places of the response in them (T positions a row)."""
+    """Model inputs with the places of the response in them (T positions a row), on the host."""
 
     inputs: dict[str, Tensor]  # keyword arguments of the model's forward, (B, T) or (1, N) each
     rows: Tensor  # (B,): row of the model's input in which a sample lies
@@ -37,8 +37,7 @@ class DecoderJoiner:
         prompt_width = batch.prompt_ids.shape[1]
         lengths = batch.prompt_lengths + batch.response_lengths  # (B,)
         width = int(lengths.max())
-        device = batch.prompt_ids.device
-        columns = torch.arange(width, device=device).expand(len(batch), width)
+        columns = torch.arange(width).expand(len(batch), width)
         shift = (width - lengths if self.padding_side == "left" else lengths * 0).unsqueeze(1)
         positions = columns - shift  # (B, T), negative on left padding
         mask = (positions >= 0) & (positions < lengths.unsqueeze(1))
@@ -55,10 +54,10 @@ class DecoderJoiner:
             inputs["attention_mask"] = mask.long()
             if self.takes_positions:
                 inputs["position_ids"] = positions.clamp(min=0).masked_fill(~mask, 0)
-        response_columns = torch.arange(batch.response_ids.shape[1], device=device)
+        response_columns = torch.arange(batch.response_ids.shape[1])
         first = prompt_lengths + shift - 1  # (B, 1): the prompt's last token predicts token 0
         predictors = (first + response_columns).clamp(max=width - 1)
-        rows = torch.arange(len(batch), device=device)
+        rows = torch.arange(len(batch))
         return Joined(inputs, rows, predictors, (lengths.unsqueeze(1) + shift - 1).squeeze(1))
 
 
@@ -104,10 +103,10 @@ class PackedJoiner:
         """Join B prompts and responses of N tokens in all: inputs are (1, N)."""
         ids = self.padded(batch).inputs["input_ids"]  # (B, T)
         lengths = batch.prompt_lengths + batch.response_lengths
-        columns = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        columns = torch.arange(ids.shape[1]).expand_as(ids)
         mask = columns < lengths.unsqueeze(1)
         starts = lengths.cumsum(0) - lengths  # (B,)
-        response_columns = torch.arange(batch.response_ids.shape[1], device=ids.device)
+        response_columns = torch.arange(batch.response_ids.shape[1])
         first = (starts + batch.prompt_lengths - 1).unsqueeze(1)
         inputs = {"input_ids": ids[mask].unsqueeze(0), "position_ids": columns[mask].unsqueeze(0)}
         predictors = (first + response_columns).clamp(max=int(lengths.sum()) - 1)

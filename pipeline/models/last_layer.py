@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.models.joiner import PACKED_FAMILIES
+from pipeline.models.joiner import PACKED_FAMILIES, Joined
+from pipeline.tensors import send
 
 # Families whose layers can be called like this, each held to the whole pass by a test. (GPT-2
 # shapes its final states like its input; BLOOM, Falcon and MPT carry ALiBi biases beside the mask.)
@@ -25,6 +26,27 @@ MASKED_ATTENTION = frozenset({"sdpa", "eager"})
 # Keys and values are computed twice at the wanted positions, queries at the others in vain:
 # of almost all positions, the whole layer is the cheaper one.
 WORTH_IT = 0.75
+
+
+@dataclass(frozen=True)
+class Reads:
+    """The M positions whose final states are read, on the host."""
+
+    columns: Tensor  # (B, S), with others among them where rows differ in length
+    order: Tensor  # (M,): where in (B x S), response tokens row by row first, the ends last
+
+    @classmethod
+    def of(cls, joined: Joined, response_mask: Tensor, of_tokens: bool, of_last: bool) -> "Reads":
+        """Those that predict the response tokens, those of their ends, or both."""
+        last = joined.last.unsqueeze(1)  # (B, 1)
+        columns = torch.cat([joined.predictors] * of_tokens + [last] * of_last, 1)
+        places = torch.arange(columns.numel()).view_as(columns)
+        order = []
+        if of_tokens:
+            order.append((places[:, :-1] if of_last else places)[response_mask])
+        if of_last:
+            order.append(places[:, -1])
+        return cls(columns, torch.cat(order))
 
 
 @dataclass(frozen=True)
@@ -39,6 +61,10 @@ class Places:
     columns: Tensor
     is_flat: bool
 
+    def to(self, device: torch.device) -> "Places":
+        """The same places on another device."""
+        return Places(send(self.rows, device), send(self.columns, device), self.is_flat)
+
 
 def selective_layer(model: Any) -> nn.Module | None:
     """The model's last layer, if it can be computed at some positions only."""
@@ -50,21 +76,22 @@ def selective_layer(model: Any) -> nn.Module | None:
     return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)][-1]
 
 
-def choose_places(columns: Tensor, mask: Tensor, width: int, hidden_size: int) -> Places | None:
-    """The cheapest way to the states at `columns` (B, S) where `mask` is true, of `width` columns.
+def choose_places(reads: Reads, width: int, hidden_size: int) -> Places | None:
+    """The cheapest way to the states that are read, of rows of `width` columns.
 
     Counted in products a query: 6 x hidden size in the layer's weights (of 12, forward) and one a
     key. None: the whole layer is no dearer.
     """
-    rows_n, number = mask.shape[0], int(mask.sum())
-    padded = mask.numel() * (6 * hidden_size + width)
+    (rows_n, per_row), number = reads.columns.shape, len(reads.order)
+    padded = rows_n * per_row * (6 * hidden_size + width)
     flat = number * (6 * hidden_size + rows_n * width)
     if min(padded, flat) > WORTH_IT * rows_n * width * (6 * hidden_size + width):
         return None
-    rows = torch.arange(rows_n, device=columns.device).unsqueeze(1).expand_as(columns)
     if padded <= flat:
-        return Places(rows, columns, is_flat=False)
-    return Places(rows[mask].unsqueeze(0), columns[mask].unsqueeze(0), is_flat=True)
+        rows = torch.arange(rows_n).unsqueeze(1).expand_as(reads.columns)
+        return Places(rows, reads.columns, is_flat=False)
+    columns = reads.columns.flatten()[reads.order]
+    return Places((reads.order // per_row).unsqueeze(0), columns.unsqueeze(0), is_flat=True)
 
 
 @contextmanager

@@ -16,9 +16,9 @@ from pipeline.codec import Codec
 from pipeline.models.adapters import activate, adapter_names, adapter_parameters, is_of
 from pipeline.models.heads import ScalarHead
 from pipeline.models.joiner import PackedJoiner, make_joiner
-from pipeline.models.last_layer import choose_places, last_layer_at, selective_layer
+from pipeline.models.last_layer import Reads, choose_places, last_layer_at, selective_layer
 from pipeline.models.passes import body, recomputed, recomputing, row_by_row, tail
-from pipeline.tensors import entropy, token_logprobs, widen
+from pipeline.tensors import entropy, scatter, send, token_logprobs, widen
 
 # Elements of the logits in memory at a time: 64 MiB in float32.
 LOGITS_AT_A_TIME = 1 << 24
@@ -113,7 +113,7 @@ class Trunk(nn.Module):
         want: Collection[str] = (),
         temperature: float = 1.0,
     ) -> TrunkOutput | DecodeOutput:
-        """Run the base in a role.
+        """Run the base in a role. Nothing of a `TokenBatch`'s pass waits for an accelerator.
 
         `want` names fields of `TrunkOutput`; logits are made at response positions only, divided
         by `temperature`, never more at a time than `LOGITS_AT_A_TIME`. A `DecodeStep` returns a
@@ -122,43 +122,40 @@ class Trunk(nn.Module):
         activate(self.model, role.adapter)
         if isinstance(batch, DecodeStep):
             return self._decode(batch, role)
-        mask = batch.response_mask
+        mask = batch.response_mask  # on the host, like the batch
         of_tokens = not {"values", "logprobs", "entropy"}.isdisjoint(want)
         of_last = "scores" in want
-        states, hidden_md, is_last = self._states(batch, role, of_tokens, of_last)
+        states, hidden_nd, hidden_bd = self._states(batch, role, of_tokens, of_last)
         out = TrunkOutput()
         if of_last:
-            out.scores = self._head(role)(hidden_md[is_last] if of_tokens else hidden_md)
-        hidden_nd = hidden_md[~is_last] if of_last else hidden_md
+            out.scores = self._head(role)(hidden_bd)
         if "values" in want:
-            out.values = _scatter(self._head(role)(hidden_nd), mask)
+            out.values = scatter(self._head(role)(hidden_nd), mask)
         if "logprobs" in want or "entropy" in want:
-            ids_n = batch.response_ids[mask]
+            ids_n = send(batch.response_ids[mask], self.device)
             logprobs_n, entropy_n = self._token_numbers(
                 states, role, hidden_nd, ids_n, temperature, "entropy" in want
             )
-            out.logprobs = _scatter(logprobs_n, mask)
+            out.logprobs = scatter(logprobs_n, mask)
             if "entropy" in want:
-                out.entropy = _scatter(entropy_n, mask)
+                out.entropy = scatter(entropy_n, mask)
         return out
 
     def _states(
         self, batch: TokenBatch, role: Role, of_tokens: bool, of_last: bool
     ) -> tuple[Any, Tensor, Tensor]:
-        """What the body returned, and the M final hidden states that are read, row by row, (M, d).
+        """What the body returned, and the final hidden states that are read.
 
-        In each row those before its response tokens, if `of_tokens`, and at its last token, if
-        `of_last`; (M,) tells which are the last.
+        Those before the response tokens, row by row, (N, d), if `of_tokens`; those at the last
+        tokens, (B, d), if `of_last`.
         """
         joined = self.joiner(batch)
-        at_end = torch.ones_like(joined.last, dtype=torch.bool).unsqueeze(1)  # (B, 1)
-        masks = [batch.response_mask] * of_tokens + [at_end] * of_last
-        columns = [joined.predictors] * of_tokens + [joined.last.unsqueeze(1)] * of_last
-        wanted, columns_bs = torch.cat(masks, 1), torch.cat(columns, 1)  # (B, S)
+        reads = Reads.of(joined, batch.response_mask, of_tokens, of_last)
+        inputs = {name: send(x, self.device) for name, x in joined.inputs.items()}
         width = joined.inputs["input_ids"].shape[1]
         (layer,), places = self.last_layer, None
         if layer is not None and not self.packs:
-            places = choose_places(columns_bs, wanted, width, self.hidden_size)
+            places = choose_places(reads, width, self.hidden_size)
         again = partial(recomputed, self.model, role.adapter)
         recomputes = self.recompute and torch.is_grad_enabled()
         with ExitStack() as stack:
@@ -166,17 +163,17 @@ class Trunk(nn.Module):
                 apart = layer if places is not None else None
                 stack.enter_context(recomputing(self.model, again, apart))
             if layer is not None and places is not None:
-                stack.enter_context(last_layer_at(layer, places, again if recomputes else None))
-            states = body(self.model)(**joined.inputs, use_cache=False)
-        hidden = states.last_hidden_state
+                at = last_layer_at(layer, places.to(self.device), again if recomputes else None)
+                stack.enter_context(at)
+            states = body(self.model)(**inputs, use_cache=False)
+        hidden_md = states.last_hidden_state.flatten(0, 1)
         if places is None:
-            rows = joined.rows.unsqueeze(1).expand_as(columns_bs)
-            hidden_md = hidden[rows[wanted], columns_bs[wanted]]
-        else:
-            hidden_md = hidden.squeeze(0) if places.is_flat else hidden[wanted]
-        is_last = torch.zeros_like(wanted)
-        is_last[:, -1] = of_last
-        return states, hidden_md, is_last[wanted]
+            columns = (joined.rows.unsqueeze(1) * width + reads.columns).flatten()[reads.order]
+            hidden_md = hidden_md.index_select(0, send(columns, self.device))
+        elif not places.is_flat:
+            hidden_md = hidden_md.index_select(0, send(reads.order, self.device))
+        tokens = len(reads.order) - of_last * len(batch)
+        return states, hidden_md[:tokens], hidden_md[tokens:]
 
     def _token_numbers(
         self,
@@ -347,7 +344,7 @@ class Handle:
         self, batch: TokenBatch, want: Collection[str], temperature: float = 1.0
     ) -> TrunkOutput:
         """The role's outputs for a batch (see `Trunk.forward`)."""
-        out = self.trunk(batch.to(self.trunk.device), self.role, want, temperature)
+        out = self.trunk(batch, self.role, want, temperature)
         assert isinstance(out, TrunkOutput)
         return out
 
@@ -374,8 +371,3 @@ def tensors_hash(named: Iterable[tuple[str, Tensor]]) -> str:
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         digest.update(data.numpy().tobytes())
     return digest.hexdigest()
-
-
-def _scatter(x_n: Tensor, mask: Tensor) -> Tensor:
-    """Numbers of the real response tokens (N,) at their places (B, R), zeros elsewhere."""
-    return torch.zeros(mask.shape, dtype=x_n.dtype, device=x_n.device).masked_scatter(mask, x_n)

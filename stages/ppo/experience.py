@@ -63,7 +63,7 @@ def rollout_metrics(
     mask = rollout.mask
     k1 = kl_estimate(rollout.logprobs, rollout.ref_logprobs, "k1")
     logged = kl_estimate(rollout.logprobs, rollout.ref_logprobs, kl.estimator)
-    ones = torch.ones(len(rollout), 1, dtype=torch.bool, device=mask.device)
+    ones = torch.ones(len(rollout), 1, dtype=torch.bool)
     scores = all_sum(moments(rollout.scores.unsqueeze(1), ones))
     score, score_variance = mean_variance(scores)
     totals = all_sum(

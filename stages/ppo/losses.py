@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pipeline.models.trunk import TrunkOutput
-from pipeline.tensors import masked_sum
+from pipeline.tensors import masked_sum, send
 from stages.ppo.config import PpoOptimSection
 from stages.ppo.experience import Experience
 from stages.ppo.objective import policy_loss, value_loss
@@ -31,11 +31,13 @@ def losses(
 
     Of the policy and the value model, those whose outputs are there count; the others' are 0.
     """
+    device = next(x.device for x in (out.values, out.logprobs, out.entropy) if x is not None)
     mask = experience.rollout.batch.take(rows).response_mask
-    cut = partial(_rows, rows=list(rows), width=mask.shape[1])
+    cut = partial(_rows, rows=list(rows), width=mask.shape[1], device=device)
+    mask = send(mask, device)
     rollout = experience.rollout
     found: dict[str, Tensor] = {}
-    loss = torch.zeros((), dtype=rollout.logprobs.dtype, device=mask.device)
+    loss = torch.zeros((), dtype=rollout.logprobs.dtype, device=device)
     if out.values is not None:
         value = value_loss(
             out.values,
@@ -76,5 +78,5 @@ def together(one: Tensor, other: Tensor) -> Tensor:
     return torch.cat([one[:-1] + other[:-1], torch.maximum(one[-1:], other[-1:])])
 
 
-def _rows(x_br: Tensor, rows: list[int], width: int) -> Tensor:
-    return x_br[rows, :width]
+def _rows(x_br: Tensor, rows: list[int], width: int, device: torch.device) -> Tensor:
+    return send(x_br[rows, :width], device)

@@ -10,21 +10,19 @@ of ours the value model starts from the policy's start with a zero head. With fu
 reference may lie on another device or in another type (`ppo.reference`).
 """
 
-from collections.abc import Collection
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from pipeline.batches import TokenBatch
 from pipeline.errors import ModelError
 from pipeline.models import adapters
 from pipeline.models.footprint import Roles
 from pipeline.models.heads import ScalarHead
 from pipeline.models.loading import torch_dtype
 from pipeline.models.store import ModelStore
-from pipeline.models.trunk import Handle, Trunk, TrunkOutput
+from pipeline.models.trunk import Handle, Trunk
 from pipeline.rewards import (
     ModelReward,
     RewardSource,
@@ -126,23 +124,6 @@ def build_models(start: Handle, rewards: RewardSource, config: Any, store: Model
     return Models(policy, reference, value)
 
 
-@dataclass(frozen=True)
-class PlacedReference(Handle):
-    """A reference elsewhere, or in another type; its numbers come back to where the policy is."""
-
-    home: torch.device
-    dtype: torch.dtype  # of the policy's numbers
-
-    def __call__(
-        self, batch: TokenBatch, want: Collection[str], temperature: float = 1.0
-    ) -> TrunkOutput:
-        """See `Handle.__call__`."""
-        out = super().__call__(batch, want, temperature)
-        found = {field.name: getattr(out, field.name) for field in fields(out)}
-        moved = {k: x.to(self.home, self.dtype) for k, x in found.items() if x is not None}
-        return TrunkOutput(**moved)
-
-
 def _placed(
     reference: Handle, section: ReferenceSection, store: ModelStore, *, is_shared: bool
 ) -> Handle:
@@ -155,7 +136,7 @@ def _placed(
         ModelError: there is no such device.
     """
     own = reference.trunk.model.dtype
-    home, numbers = reference.trunk.device, reference.trunk.number_dtype
+    home = reference.trunk.device
     dtype = torch_dtype(section.dtype) if section.dtype else own
     # A model without memory (`rlhf check`) stays without.
     is_real = home.type != "meta"
@@ -167,7 +148,7 @@ def _placed(
     else:
         store.forget(reference.trunk)
     _move(reference.trunk, device, dtype)
-    return PlacedReference(reference.trunk, reference.role, reference.codec, home, numbers)
+    return reference
 
 
 def _device(name: str) -> torch.device:

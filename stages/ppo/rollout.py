@@ -26,7 +26,7 @@ TRAINING_STREAM, HELD_OUT_STREAM = 0, 1
 
 @dataclass(frozen=True)
 class Rollout:
-    """B responses with all that the update needs; R is the longest response."""
+    """B responses with all that the update needs, on the host; R is the longest response."""
 
     prompts: list[Prompt]
     sample_indices: list[int]  # number of each response in the whole run
@@ -125,13 +125,14 @@ def collect(
     completions = Completions.decode(
         codec, prompts, prompt_ids, sampled.response_ids, sampled.ended
     )
-    batch = TokenBatch.from_ragged(
-        prompt_ids, sampled.response_ids, codec.pad_id, policy.trunk.device
-    )
+    batch = TokenBatch.from_ragged(prompt_ids, sampled.response_ids, codec.pad_id)
     own = _own_numbers(policy, value, batch, sampled, section)
-    ended = torch.tensor(sampled.ended, device=batch.response_ids.device)
-    raw = rewards.score(completions)
-    scores = torch.tensor(raw, dtype=own["logprobs"].dtype, device=ended.device)
+    ended = torch.tensor(sampled.ended)
+    dtype = own["logprobs"].dtype
+    scores = torch.tensor(rewards.score(completions), dtype=dtype)
+    ref_logprobs = infer(
+        reference, batch, ["logprobs"], section.micro_batch_tokens, section.temperature
+    )["logprobs"]
     return Rollout(
         prompts=list(prompts),
         sample_indices=list(sample_indices),
@@ -142,9 +143,7 @@ def collect(
         rewards=final_scores(
             scores, ended, section.missing_eos, section.missing_eos_penalty, reward_clip
         ),
-        ref_logprobs=infer(
-            reference, batch, ["logprobs"], section.micro_batch_tokens, section.temperature
-        )["logprobs"],
+        ref_logprobs=ref_logprobs.to(dtype),
         **own,
     )
 
@@ -161,10 +160,10 @@ def _own_numbers(
     shared = value is not None and shares_trunk(policy, value)
     if shared:
         known["values"] = sampled.values
-    dtype, device = policy.trunk.number_dtype, batch.response_ids.device
+    dtype = policy.trunk.number_dtype
     own: dict[str, Tensor] = {}
     if sampled.exact:
-        own = {k: pad_numbers(rows, dtype, device) for k, rows in known.items() if rows is not None}
+        own = {k: pad_numbers(rows, dtype) for k, rows in known.items() if rows is not None}
     missing = [name for name in known if name not in own]
     budget, temperature = section.micro_batch_tokens, section.temperature
     if missing:
@@ -175,7 +174,7 @@ def _own_numbers(
     elif not shared:
         own |= infer(value, batch, ["values"], budget, temperature)
     if not sampled.exact and sampled.logprobs is not None and section.importance_cap is not None:
-        theirs = pad_numbers(sampled.logprobs, dtype, device)
+        theirs = pad_numbers(sampled.logprobs, dtype)
         own["importance"] = importance_weights(
             own["logprobs"], theirs, batch.response_mask, section.importance_cap
         )

@@ -106,7 +106,6 @@ class Updater:
         self.demonstrations = demonstrations
         self.pad_id = actor_critic.policy.codec.pad_id
         trunk = actor_critic.policy.trunk
-        self.device = trunk.device
         # Tokens of a micro-batch; halved where memory runs out.
         self.micro_batch_tokens = trunk.token_budget(section.micro_batch_tokens)
         self.takes_one_pass = actor_critic.shared or runtime.world_size > 1
@@ -278,7 +277,7 @@ class Updater:
         stream = [self.runtime.seed("ptx"), iteration, epoch, number, self.runtime.rank]
         drawn = np.random.default_rng(stream).integers(len(self.demonstrations), size=count)
         prompts, responses = zip(*(self.demonstrations[i] for i in drawn.tolist()), strict=True)
-        return TokenBatch.from_ragged(prompts, responses, self.pad_id, self.device)
+        return TokenBatch.from_ragged(prompts, responses, self.pad_id)
 
     def _accumulate_demonstrations(self, batch: TokenBatch) -> None:
         """Gradients of ptx_coef x mean NLL of drawn demonstrations (InstructGPT, eq. 2)."""

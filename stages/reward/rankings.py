@@ -10,6 +10,7 @@ from torch import Tensor
 from pipeline.batches import TokenBatch
 from pipeline.codec import Codec
 from pipeline.records import Ranking
+from pipeline.tensors import send
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,18 +95,10 @@ class RankingBatch:
             ),
         )
 
-    def to(self, device: torch.device | str) -> "RankingBatch":
-        """The same batch on another device."""
-        return RankingBatch(
-            self.rows.to(device),
-            self.ranks.to(device),
-            self.mask.to(device),
-            self.ratings.to(device),
-        )
-
-    def spread(self, scores_n: Tensor) -> Tensor:
-        """Scores of the rows (N,) at their places (P, K), zeros elsewhere; differentiable."""
-        return scores_n.new_zeros(self.mask.shape).masked_scatter(self.mask, scores_n)
+    def to(self, device: torch.device) -> "RankingBatch":
+        """The same rankings on another device; their rows rest on the host (`TokenBatch`)."""
+        ranks, mask, ratings = (send(x, device) for x in (self.ranks, self.mask, self.ratings))
+        return RankingBatch(self.rows, ranks, mask, ratings)
 
     def __len__(self) -> int:
         return len(self.ranks)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pipeline.config import RunSection
 from pipeline.hf_trainer import PlannedTrainer
 from pipeline.models.trunk import Handle
+from pipeline.tensors import scatter
 from stages.reward.config import RewardSection
 from stages.reward.loss import count_correct, pairwise_loss, plackett_luce_loss, rating_margins
 from stages.reward.rankings import RankingBatch, RankingRows
@@ -58,11 +59,13 @@ class RankingTrainer(PlannedTrainer):
 
     def loss_sum(self, model: nn.Module, batch: RankingBatch) -> Tensor:
         """Sum of the ranking loss over a micro-batch's prompts."""
-        return ranking_losses(self._scores(model, batch), batch, self.section).sum()
+        scores = self._scores(model, batch)
+        return ranking_losses(scores, batch.to(scores.device), self.section).sum()
 
     def eval_sums(self, model: nn.Module, batch: RankingBatch) -> dict[str, Tensor]:
         """Sums over prompts of the loss and of the share of a prompt's pairs that are right."""
         scores = self._scores(model, batch)
+        batch = batch.to(scores.device)
         correct, pairs = count_correct(scores, batch.ranks, batch.mask)
         return {
             "loss": ranking_losses(scores, batch, self.section).sum(),
@@ -70,7 +73,8 @@ class RankingTrainer(PlannedTrainer):
         }
 
     def _scores(self, model: Any, batch: RankingBatch) -> Tensor:
-        return batch.spread(model(batch.rows, self.role, {"scores"}).scores)
+        """(P, K), zeros on padding; differentiable."""
+        return scatter(model(batch.rows, self.role, {"scores"}).scores, batch.mask)
 
 
 def ranking_losses(scores: Tensor, batch: RankingBatch, section: RewardSection) -> Tensor:

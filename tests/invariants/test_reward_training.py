@@ -12,6 +12,7 @@ from pipeline.config import RunSection
 from pipeline.models.heads import ScalarHead
 from pipeline.models.lean_layers import slim
 from pipeline.models.trunk import BaseOrigin, Handle, Role, Trunk
+from pipeline.tensors import scatter
 from stages.reward.config import RewardSection
 from stages.reward.rankings import EncodedRanking, RankingBatch, RankingRows
 from stages.reward.trainer import RankingTrainer, ranking_losses
@@ -203,7 +204,7 @@ def test_scores_stand_at_their_response_and_gradients_flow_back() -> None:
     )
     assert batch.rows.response_ids.flatten().tolist() == [2, 3, 4, 5, 6]
     rows = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0], requires_grad=True)
-    spread = batch.spread(rows)
+    spread = scatter(rows, batch.mask)
     assert spread.tolist() == [[1, 2, 3], [4, 5, 0]]
     (spread * torch.tensor([[1.0, 2, 3], [4, 5, 6]])).sum().backward()
     assert rows.grad.tolist() == [1, 2, 3, 4, 5]
@@ -267,7 +268,7 @@ def test_a_separable_task_is_learned(tmp_path: Path) -> None:
     # The kept weights are in place: the same loss again, from the module as it is left.
     with torch.no_grad():
         batch = held_out.collate(range(40))
-        scores = batch.spread(handle(batch.rows, {"scores"}).scores)
+        scores = scatter(handle(batch.rows, {"scores"}).scores, batch.mask)
         again = ranking_losses(scores, batch, section).mean().item()
     assert again == pytest.approx(fit.held_out["loss"], abs=1e-5)
 

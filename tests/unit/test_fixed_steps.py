@@ -47,7 +47,7 @@ def test_graphs_on_cuda_give_the_text_of_plain_steps(make_handle, dtype):
     if dtype == "float32":
         assert graphs.response_ids == plain.response_ids
     # What the graphs wrote is what a whole pass makes of it, but for half precision's rounding.
-    batch = TokenBatch.from_ragged(PROMPTS, graphs.response_ids, 0, "cuda")
+    batch = TokenBatch.from_ragged(PROMPTS, graphs.response_ids, pad_id=0)
     whole = infer(handle, batch, ["logprobs"], None, 0.8)["logprobs"].tolist()
     for found, wanted in zip(graphs.logprobs, whole, strict=True):
         assert found == pytest.approx(wanted[: len(found)], abs=1e-3 if graphs.exact else 0.3)

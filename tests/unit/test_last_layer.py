@@ -8,7 +8,7 @@ import torch
 from pipeline.batches import TokenBatch
 from pipeline.models import trunk
 from pipeline.models.joiner import DecoderJoiner
-from pipeline.models.last_layer import FAMILIES, Places, choose_places, selective_layer
+from pipeline.models.last_layer import FAMILIES, Places, Reads, choose_places, selective_layer
 from pipeline.models.trunk import Handle
 
 # Longer than the windows of 4 tokens that some families have (`conftest.FAMILY_EXTRA`).
@@ -19,18 +19,18 @@ EVERYTHING = {"logprobs", "entropy", "values", "scores"}
 EXACT = {"llama", "mistral", "phi", "phi3", "qwen2", "granite", "starcoder2", "gpt_neox", "opt"}
 
 
-def everywhere(columns, mask, width, hidden_size) -> None:
+def everywhere(reads, width, hidden_size) -> None:
     return None
 
 
-def padded(columns, mask, width, hidden_size) -> Places:
-    rows = torch.arange(len(mask)).unsqueeze(1).expand_as(columns)
-    return Places(rows, columns, is_flat=False)
+def padded(reads, width, hidden_size) -> Places:
+    rows = torch.arange(len(reads.columns)).unsqueeze(1).expand_as(reads.columns)
+    return Places(rows, reads.columns, is_flat=False)
 
 
-def flat(columns, mask, width, hidden_size) -> Places:
-    rows = torch.arange(len(mask)).unsqueeze(1).expand_as(columns)
-    return Places(rows[mask].unsqueeze(0), columns[mask].unsqueeze(0), is_flat=True)
+def flat(reads, width, hidden_size) -> Places:
+    rows, columns = reads.order // reads.columns.shape[1], reads.columns.flatten()[reads.order]
+    return Places(rows.unsqueeze(0), columns.unsqueeze(0), is_flat=True)
 
 
 def numbers_and_gradients(
@@ -147,7 +147,8 @@ def test_the_cheapest_way_is_chosen():
     def choose(lengths: list[int], width: int = 10, hidden_size: int = 10) -> Places | None:
         columns = torch.arange(max(lengths)).expand(len(lengths), -1)
         mask = columns < torch.tensor(lengths).unsqueeze(1)
-        return choose_places(columns, mask, width, hidden_size)
+        order = mask.flatten().nonzero().squeeze(-1)
+        return choose_places(Reads(columns, order), width, hidden_size)
 
     # Even rows: 2 x 5 x (60 + 10) = 700 padded, 10 x (60 + 20) = 800 flat, 1,400 in all.
     even = choose([5, 5])
