@@ -45,9 +45,13 @@ def masked_var(x: Tensor, mask: Tensor) -> Tensor:
     return masked_sum((widen(x) - masked_mean(x, mask)) ** 2, mask) / mask.sum().clamp(min=1)
 
 
-def token_logprobs(logits_nv: Tensor, ids_n: Tensor) -> Tensor:
-    """log softmax(logits)[id] of each row (N,); one more (N, V) tensor, in the backward pass."""
-    result: Tensor = _TokenLogprobs.apply(widen(logits_nv), ids_n)
+def token_logprobs(logits_nv: Tensor, ids_n: Tensor, *, consume: bool = False) -> Tensor:
+    """log softmax(logits)[id] of each row (N,).
+
+    The backward pass makes one more (N, V) tensor; with `consume` it writes the gradient over the
+    logits, which nobody else may need then.
+    """
+    result: Tensor = _TokenLogprobs.apply(widen(logits_nv), ids_n, consume)
     return result
 
 
@@ -55,18 +59,20 @@ class _TokenLogprobs(torch.autograd.Function):
     """z_id - logsumexp(z); d / d z = g (onehot(id) - softmax(z)), made in place."""
 
     @staticmethod
-    def forward(ctx: Any, logits_nv: Tensor, ids_n: Tensor) -> Tensor:
+    def forward(ctx: Any, logits_nv: Tensor, ids_n: Tensor, consume: bool) -> Tensor:
         log_total_n = logits_nv.logsumexp(-1)
+        ctx.consume = consume
         ctx.save_for_backward(logits_nv, log_total_n, ids_n)
         return logits_nv.gather(-1, ids_n.unsqueeze(-1)).squeeze(-1) - log_total_n
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         logits_nv, log_total_n, ids_n = ctx.saved_tensors
         g_n1 = grads[0].unsqueeze(-1)
-        gradient_nv = (logits_nv - log_total_n.unsqueeze(-1)).exp_().mul_(-g_n1)
-        return gradient_nv.scatter_add_(-1, ids_n.unsqueeze(-1), g_n1), None
+        gradient_nv = logits_nv if ctx.consume else logits_nv.clone()
+        gradient_nv.sub_(log_total_n.unsqueeze(-1)).exp_().mul_(-g_n1)
+        return gradient_nv.scatter_add_(-1, ids_n.unsqueeze(-1), g_n1), None, None
 
 
 def entropy(logits_nv: Tensor, log_total_n: Tensor | None = None) -> Tensor:

@@ -79,13 +79,10 @@ class Rehearsal:
         source: Any = ModelReward(rewards) if isinstance(rewards, Handle) else None
         models = build_models(start, source, config, self.store)
         actor_critic = ActorCritic(models.policy, models.value)
-        value = actor_critic.value_parameters()
-        if not actor_critic.shared:
-            value = _without_output_layer(models.value, value)
         roles = dict(models.roles(source))
         if isinstance(rewards, nn.Module):
             roles["reward"] = rewards
-        return roles, [*actor_critic.policy_parameters(), *value]
+        return roles, [*actor_critic.policy_parameters(), *actor_critic.value_parameters()]
 
     # --- handles ---
 

@@ -101,7 +101,7 @@ class VllmEngine:
                     "restarted? Start the stage again"
                 ) from fault
             raise TrainingError(f"vLLM did not answer for sample {index}: {fault}") from fault
-        vocabulary = handle.trunk.model.get_output_embeddings().weight.shape[0]
+        vocabulary = handle.trunk.vocabulary_size
         try:
             return read_answer(answer, handle.codec.stop_ids, body["max_tokens"], vocabulary)
         except ValueError as error:

@@ -24,7 +24,7 @@ from pipeline.tensors import entropy, scatter, send, token_logprobs, widen
 LOGITS_AT_A_TIME = 1 << 24
 # Tokens of a micro-batch where none are set: on an accelerator, and tokens x width on a processor.
 DEVICE_TOKENS = 8192
-CPU_STATES = 768 * 384
+CPU_STATES = 1024 * 384
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,8 @@ class Trunk(nn.Module):
         self.model = model
         self.heads = nn.ModuleDict()
         self.origin = origin
+        # The output layer's: logits a position, and the width of the states that it and heads read.
+        self.vocabulary_size, self.hidden_size = model.get_output_embeddings().weight.shape
         self.tokenizer: Any = None  # the one that came with the base, if it was loaded
         self.joiner = make_joiner(model)
         # Where it can be computed at some positions only. In a tuple: the layer is the model's, not
@@ -195,7 +197,7 @@ class Trunk(nn.Module):
             logits_nv = widen(tail(self.model, states, hidden_nd.unsqueeze(0)).squeeze(0))
             if temperature != 1.0:
                 logits_nv = logits_nv / temperature
-            logprobs_n = token_logprobs(logits_nv, ids_n)
+            logprobs_n = token_logprobs(logits_nv, ids_n, consume=not with_entropy)
             return logprobs_n, entropy(logits_nv) if with_entropy else logprobs_n.detach()
 
         def logprobs(ids_n: Tensor, hidden_nd: Tensor) -> Tensor:
@@ -268,16 +270,6 @@ class Trunk(nn.Module):
     # --- parts ---
 
     @property
-    def vocabulary_size(self) -> int:
-        """Number of logits a position."""
-        return int(self.model.get_output_embeddings().weight.shape[0])
-
-    @property
-    def hidden_size(self) -> int:
-        """Width of the hidden states that heads read (the output layer's input)."""
-        return int(self.model.get_output_embeddings().weight.shape[1])
-
-    @property
     def number_dtype(self) -> torch.dtype:
         """Type of log-probs, values and scores: float32, or float64 on a float64 base."""
         return torch.float64 if self.model.dtype == torch.float64 else torch.float32
@@ -287,6 +279,16 @@ class Trunk(nn.Module):
         head = head or ScalarHead(self.hidden_size, self.number_dtype)
         self.heads[name] = head.to(self.device)
         return head
+
+    def drop_output_layer(self) -> None:
+        """Let go of weights that only logits need: of a model whose values alone are asked for."""
+        output = self.model.get_output_embeddings()
+        if output.weight is self.model.get_input_embeddings().weight:
+            return
+        for module in self.model.modules():
+            for name, child in module.named_children():
+                if child is output:
+                    setattr(module, name, nn.Module())  # whoever asks for logits gets an error
 
     @property
     def device(self) -> torch.device:

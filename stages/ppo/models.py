@@ -115,6 +115,8 @@ def build_models(start: Handle, rewards: RewardSource, config: Any, store: Model
         value = _with_head(policy, None)
     else:
         copied = store.trainable_copy(source or start, "value", section.tuning, lora)
+        if section.tuning == "full":
+            copied.trunk.drop_output_layer()
         value = _with_head(copied, source)
     # Last: all that starts from the start's weights has them by now.
     reference = start.with_role("reference")

@@ -17,12 +17,16 @@ def test_log_probs_and_gradient_by_hand():
     assert logits.grad[0].tolist() == pytest.approx([-0.5, 0.5], abs=1e-12)
 
 
-def test_gradient_is_that_of_log_softmax():
+@pytest.mark.parametrize("consume", [False, True])
+def test_gradient_is_that_of_log_softmax(consume):
     torch.manual_seed(0)
     logits = (10 * torch.randn(6, 9, dtype=torch.float64)).requires_grad_(True)
     logits.data[2, 4] = -math.inf  # a forbidden token
     ids, weights = torch.tensor([3, 0, 8, 8, 1, 2]), torch.randn(6, dtype=torch.float64)
-    (token_logprobs(logits, ids) * weights).sum().backward()
+    given = logits * 1.0
+    kept = given.detach().clone()
+    (token_logprobs(given, ids, consume=consume) * weights).sum().backward()
+    assert torch.equal(given, kept) is not consume
     ours, logits.grad = logits.grad, None
     rows = torch.arange(6)
     (logits.log_softmax(-1)[rows, ids] * weights).sum().backward()
@@ -39,3 +43,11 @@ def test_half_precision_is_reduced_in_float32():
     torch.testing.assert_close(found.double(), exact, rtol=0, atol=1e-4)
     found.sum().backward()
     assert logits.grad.dtype == torch.bfloat16
+
+
+def test_consumed_logits_are_not_read_twice():
+    logits = torch.zeros(1, 3, requires_grad=True)
+    loss = token_logprobs(logits * 1.0, torch.tensor([1]), consume=True).sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="inplace operation"):
+        loss.backward()

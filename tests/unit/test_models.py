@@ -334,11 +334,11 @@ def test_a_module_called_like_an_adapter_is_not_taken_for_it():
 
 @pytest.mark.parametrize(
     ("width", "tokens"),
-    [(16, 4096), (128, 2304), (384, 768), (768, 384), (4096, 256)],  # 768 x 384 / width
+    [(16, 4096), (128, 3072), (384, 1024), (768, 512), (4096, 256)],  # 1024 x 384 / width
 )
 def test_micro_batches_suit_a_processors_cache(make_handle, width, tokens, monkeypatch):
     trunk = make_handle().trunk
-    monkeypatch.setattr(type(trunk), "hidden_size", width)
+    trunk.hidden_size = width
     assert trunk.token_budget(None) == tokens
     assert trunk.token_budget(77) == 77  # a setting counts, on any device
     monkeypatch.setattr(type(trunk), "device", torch.device("cuda"))
@@ -377,3 +377,22 @@ def test_padding_on_the_right_needs_no_mask_and_on_the_left_does(make_handle, mo
     assert left.inputs["input_ids"][2].tolist() == [0, 0, 0, 0, 0, 0, 13, 27]
     assert left.inputs["attention_mask"][2].tolist() == [0, 0, 0, 0, 0, 0, 1, 1]
     assert left.predictors[2, 0] == 6 and left.last.tolist() == [7, 7, 7]
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "gpt_neox", "opt", "bloom", "llama", "phi"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_values_need_no_output_layer(make_handle, model_type, tied):
+    handle = make_handle(model_type, tie_word_embeddings=tied)
+    handle.trunk.add_head("v").init_normal(torch.Generator().manual_seed(0))
+    handle = handle.with_role("v", head="v")
+    before = handle(batch(), {"values"}).values
+    weights = sum(parameter.numel() for parameter in handle.parameters())
+    layer = handle.trunk.model.get_output_embeddings()
+    dropped = 0 if tied else sum(parameter.numel() for parameter in layer.parameters())
+    handle.trunk.drop_output_layer()
+    torch.testing.assert_close(handle(batch(), {"values"}).values, before, rtol=0, atol=0)
+    assert weights - sum(parameter.numel() for parameter in handle.parameters()) == dropped
+    assert tied or dropped >= handle.trunk.vocabulary_size * handle.trunk.hidden_size
+    if not tied:
+        with pytest.raises(RuntimeError, match="forward"):
+            handle(batch(), {"logprobs"})
