@@ -158,7 +158,8 @@ def working_bytes(point: Point, budget: int, trained: int, chunk: int) -> dict[s
     `budget`: tokens of a micro-batch; `trained`: bytes of gradients; `chunk`: logits made at a
     time. A Llama layer keeps 10 x width + 4 x inner width numbers a token for the backward pass
     (inputs and outputs of two norms, q, k, v and what attention gives; gate, its activation, up,
-    their product); policy and value are trained in one pass.
+    their product); policy and value pass one after the other, and the logits' gradient takes their
+    place.
     """
     d, inner = point.width, point.inner_width
     rows = min(max(budget // point.tokens, 1), point.rows)
@@ -167,9 +168,9 @@ def working_bytes(point: Point, budget: int, trained: int, chunk: int) -> dict[s
     sampling = 4 * generated * point.vocabulary  # logits, noise, probabilities and their products
     layer = rows * point.tokens * (6 * d + 3 * inner)
     logits = min(rows * point.response_tokens * point.vocabulary, chunk)
-    kept = 2 * point.layers * rows * point.tokens * (10 * d + 4 * inner)
+    kept = point.layers * rows * point.tokens * (10 * d + 4 * inner)
     return {
         "rollout": FLOAT * (cache + max(sampling, layer * point.prompt_tokens / point.tokens)),
         "scoring": FLOAT * (layer + logits),
-        "update": trained + FLOAT * (kept + 2 * logits),  # logits and their gradient
+        "update": trained + FLOAT * (kept + logits),
     }
