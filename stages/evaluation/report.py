@@ -226,16 +226,19 @@ def _markdown_table(header: list[str], rows: Iterable[list[str]]) -> str:
 
 
 def print_report(metrics: dict[str, Any], console: Any) -> None:
-    """The table and the sentences on the screen; `console` is a rich Console."""
+    """The table and the sentences on the screen; `console` is a rich Console.
+
+    All columns but n, which the sentences name, fit 80 characters.
+    """
     from rich import box
     from rich.table import Table
 
     header, rows = policy_rows(metrics)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for index, name in enumerate(header):
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for index, name in enumerate(header[:-1]):
         table.add_column(name, justify="right" if index else "left")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*row[:-1])
     console.print(table)
     for line in (*win_lines(metrics), *reward_lines(metrics)):
         console.print(line, highlight=False)

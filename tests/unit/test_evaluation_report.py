@@ -101,6 +101,22 @@ def test_screen_shows_the_same_numbers() -> None:
     assert "+1.250" in screen.getvalue() and "81.2% of 500 prompts" in screen.getvalue()
 
 
+def test_every_column_fits_a_screen_of_80() -> None:
+    from rich.console import Console
+
+    metrics = copy.deepcopy(METRICS)
+    for numbers in metrics["policies"].values():
+        numbers |= {"rouge_l": 0.345, "eos_rate": 1.0, "gold": -3.047, "score": -1.083}
+    out = io.StringIO()
+    print_report(metrics, Console(file=out, width=80))
+    lines = out.getvalue().splitlines()
+    (heading,) = [line for line in lines if "ROUGE-L" in line]
+    assert heading.split() == [
+        *("policy", "reward", "std", "gold", "KL", "tokens", "ended", "distinct-2", "ROUGE-L")
+    ]
+    assert sum(line.lstrip().startswith(("SFT ", "best of 16 ")) for line in lines) >= 2
+
+
 @pytest.mark.parametrize(
     ("metrics", "words"),
     [
