@@ -115,7 +115,7 @@ class Trunk(nn.Module):
         want: Collection[str] = (),
         temperature: float = 1.0,
     ) -> TrunkOutput | DecodeOutput:
-        """Run the base in a role. Nothing of a `TokenBatch`'s pass waits for an accelerator.
+        """Run the base in a role. In a `TokenBatch`'s pass we read nothing back from the device.
 
         `want` names fields of `TrunkOutput`; logits are made at response positions only, divided
         by `temperature`, never more at a time than `LOGITS_AT_A_TIME`. A `DecodeStep` returns a

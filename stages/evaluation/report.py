@@ -33,11 +33,13 @@ def policy_name(policy: str, metrics: dict[str, Any]) -> str:
     return f"best of {n}" if policy == "best_of_n" and n else NAMES[policy]
 
 
-def policy_rows(metrics: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Header and one row of text a policy, with the columns that this run has."""
+def policy_rows(
+    metrics: dict[str, Any], columns: Iterable[str] = COLUMNS
+) -> tuple[list[str], list[list[str]]]:
+    """Header and one row of text a policy, with those of the columns that this run has."""
     policies = metrics["policies"]
     # A number that was not finite is null in metrics.json.
-    used = [k for k in COLUMNS if any(numbers.get(k) is not None for numbers in policies.values())]
+    used = [k for k in columns if any(numbers.get(k) is not None for numbers in policies.values())]
     header = ["policy", *(COLUMNS[key][0] for key in used)]
     rows = [
         [
@@ -233,12 +235,12 @@ def print_report(metrics: dict[str, Any], console: Any) -> None:
     from rich import box
     from rich.table import Table
 
-    header, rows = policy_rows(metrics)
+    header, rows = policy_rows(metrics, [name for name in COLUMNS if name != "n"])
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for index, name in enumerate(header[:-1]):
+    for index, name in enumerate(header):
         table.add_column(name, justify="right" if index else "left")
     for row in rows:
-        table.add_row(*row[:-1])
+        table.add_row(*row)
     console.print(table)
     for line in (*win_lines(metrics), *reward_lines(metrics)):
         console.print(line, highlight=False)

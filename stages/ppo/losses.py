@@ -1,7 +1,6 @@
 """From the outputs of a forward pass to the loss and the statistics of some rows."""
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -33,7 +32,11 @@ def losses(
     """
     device = next(x.device for x in (out.values, out.logprobs, out.entropy) if x is not None)
     mask = experience.rollout.batch.take(rows).response_mask
-    cut = partial(_rows, rows=list(rows), width=mask.shape[1], device=device)
+    chosen, width = list(rows), mask.shape[1]
+
+    def cut(x_br: Tensor) -> Tensor:
+        return send(x_br[chosen, :width], device)
+
     mask = send(mask, device)
     rollout = experience.rollout
     found: dict[str, Tensor] = {}
@@ -76,7 +79,3 @@ def losses(
 def together(one: Tensor, other: Tensor) -> Tensor:
     """The statistics of two passes over the same rows: sums added, the larger of the ratios."""
     return torch.cat([one[:-1] + other[:-1], torch.maximum(one[-1:], other[-1:])])
-
-
-def _rows(x_br: Tensor, rows: list[int], width: int, device: torch.device) -> Tensor:
-    return send(x_br[rows, :width], device)

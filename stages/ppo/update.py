@@ -146,7 +146,6 @@ class Updater:
         self._set_learning_rates(iteration)
         release_freed_memory()  # what sampling and scoring used, before gradients need more
         try:
-            self._reserve_gradients(train_policy)
             return self._steps(experience, iteration, train_policy)
         finally:
             self.optimiser.zero_grad()
@@ -169,8 +168,8 @@ class Updater:
                 steps.append(Step(tokens, sums, ratio_max, norms))
         return steps
 
-    def _reserve_gradients(self, train_policy: bool) -> None:
-        """Zeros as gradients of what is trained, for all steps of an update.
+    def _zero_gradients(self, train_policy: bool) -> None:
+        """Zeros as gradients of what is trained, in memory that all steps of an update share.
 
         Allocated by the first backward pass they lie scattered among its activations, and memory in
         between is hard to use again: with two models of 17 million weights 60 MB of 900.
@@ -178,10 +177,10 @@ class Updater:
         for name, parameters in self.groups.items():
             if train_policy or name == "value":
                 for parameter in parameters:
-                    parameter.grad = torch.zeros_like(parameter)
-
-    def _zero_gradients(self) -> None:
-        self.optimiser.zero_grad(set_to_none=False)
+                    if parameter.grad is None:
+                        parameter.grad = torch.zeros_like(parameter)
+                    else:
+                        parameter.grad.zero_()
 
     def learning_rates(self) -> dict[str, float]:
         """The current learning rate of each group, as metrics."""
@@ -219,6 +218,7 @@ class Updater:
 
         def attempt(tokens: int) -> tuple[float, dict[str, float], float]:
             self.micro_batch_tokens = tokens
+            self._zero_gradients(train_policy)
             found = self._accumulate(experience, rows, train_policy, place)
             if demonstrations is not None:
                 self._accumulate_demonstrations(demonstrations)
@@ -236,7 +236,7 @@ class Updater:
             lengths = experience.rollout.batch.lengths
             smallest = min(smallest, max(lengths[row] for row in rows))
         found, _ = halving(
-            attempt, self.micro_batch_tokens, smallest, remedy, undo=self._zero_gradients
+            attempt, self.micro_batch_tokens, smallest, remedy, undo=self.optimiser.zero_grad
         )
         return found
 
@@ -337,7 +337,6 @@ class Updater:
                     "Lower ppo.optim.learning_rate, or train in float32."
                 )
         self.optimiser.step()
-        self._zero_gradients()
         return norms
 
     def _refuse_not_finite(

@@ -96,6 +96,36 @@ def test_a_row_that_does_not_fit_ends_with_advice_and_no_step(limited):
     assert all(p.grad is None for p in ppo.actor_critic.parameters())
 
 
+def test_gradients_that_do_not_fit_end_with_advice_and_no_step(monkeypatch):
+    ppo = TinyPpo()
+    experience = ppo.appraise(ppo.collect())
+    before = ppo.weights()
+
+    def full(_parameter: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr("stages.ppo.update.torch.zeros_like", full)
+    with pytest.raises(TrainingError, match=r"out of memory.*ppo.optim.micro_batch_tokens"):
+        ppo.updater.update(experience, 1)
+    assert torch.equal(ppo.weights(), before)
+    assert all(p.grad is None for p in ppo.actor_critic.parameters())
+
+
+@pytest.mark.parametrize("value", ["separate", "shared"])
+def test_all_steps_of_an_update_share_the_memory_of_gradients(value):
+    ppo = TinyPpo(value=value, optim={"minibatches": 2, "ppo_epochs": 3})
+    experience = ppo.appraise(ppo.collect())
+    trained = [*ppo.actor_critic.policy_parameters(), *ppo.actor_critic.value_parameters()]
+    seen: list[list[torch.Tensor]] = []  # kept, so that new ones could not lie in their place
+    ppo.updater.optimiser.optimizer.register_step_pre_hook(
+        lambda *_: seen.append([p.grad for p in trained])
+    )
+    ppo.updater.update(experience, 1)
+    assert len(seen) == 6
+    assert all(x is first for found in seen for x, first in zip(found, seen[0], strict=True))
+    assert all(parameter.grad is None for parameter in trained)
+
+
 def test_scoring_and_generation_get_smaller(limited):
     ppo = TinyPpo()
     policy = ppo.models.policy
