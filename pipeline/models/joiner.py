@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pipeline.batches import TokenBatch
+from pipeline.models import sequence_attention
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Joined:
     rows: Tensor  # (B,): row of the model's input in which a sample lies
     predictors: Tensor  # (B, R): position whose hidden state predicts response token t
     last: Tensor  # (B,): position of the last response token
+    lengths: list[int] | None = None  # of a packed row's sequences, if its attention is told them
 
 
 class DecoderJoiner:
@@ -61,8 +63,14 @@ class DecoderJoiner:
         return Joined(inputs, rows, predictors, (lengths.unsqueeze(1) + shift - 1).squeeze(1))
 
 
-# Attention that finds the sequences in a packed row by its position ids, without a mask.
-PACKING_ATTENTION = {"flash_attention_2", "flash_attention_3", "flex_attention"}
+# Attention that keeps the sequences of a packed row apart without a mask: by their position ids, or
+# by their lengths.
+PACKING_ATTENTION = {
+    "flash_attention_2",
+    "flash_attention_3",
+    "flex_attention",
+    sequence_attention.NAME,
+}
 # Families whose position ids reach it, each held to it by a test: where they do not (GPT-2, OPT),
 # the sequences of a packed row would read one another without a word.
 PACKED_FAMILIES = frozenset(
@@ -86,18 +94,21 @@ PACKED_FAMILIES = frozenset(
         "starcoder2",
     }
 )
+# Those of them that hand other arguments on to their attention too.
+TELLING_FAMILIES = PACKED_FAMILIES - {"stablelm"}
 
 
 class PackedJoiner:
     """All prompts and responses of a batch as one row without padding.
 
-    Position ids start again at each sequence; transformers' variable-length attention keeps the
-    sequences apart.
+    Position ids start again at each sequence. transformers' attention of variable length keeps the
+    sequences apart by them; on a processor `sequence_attention` does, which is told their lengths.
     """
 
     def __init__(self, model: Any) -> None:
         self.takes_positions = True
         self.padded = DecoderJoiner(model)
+        self.tells_lengths = model.config._attn_implementation == sequence_attention.NAME
 
     def __call__(self, batch: TokenBatch) -> Joined:
         """Join B prompts and responses of N tokens in all: inputs are (1, N)."""
@@ -110,12 +121,18 @@ class PackedJoiner:
         first = (starts + batch.prompt_lengths - 1).unsqueeze(1)
         inputs = {"input_ids": ids[mask].unsqueeze(0), "position_ids": columns[mask].unsqueeze(0)}
         predictors = (first + response_columns).clamp(max=int(lengths.sum()) - 1)
-        return Joined(inputs, torch.zeros_like(lengths), predictors, starts + lengths - 1)
+        told = lengths.tolist() if self.tells_lengths else None
+        return Joined(inputs, torch.zeros_like(lengths), predictors, starts + lengths - 1, told)
 
 
 def make_joiner(model: Any) -> DecoderJoiner | PackedJoiner:
-    """The joiner of a model: packed where its attention can keep packed sequences apart."""
-    attention = getattr(model.config, "_attn_implementation", None)
-    if attention in PACKING_ATTENTION and model.config.model_type in PACKED_FAMILIES:
+    """The joiner of a model: packed where its attention can keep packed sequences apart.
+
+    On a processor `sdpa` is told the sequences' lengths; elsewhere that would be many small calls.
+    """
+    family = model.config.model_type
+    if family in TELLING_FAMILIES:
+        sequence_attention.install(model, wanted=model.device.type == "cpu")
+    if family in PACKED_FAMILIES and model.config._attn_implementation in PACKING_ATTENTION:
         return PackedJoiner(model)
     return DecoderJoiner(model)

@@ -8,21 +8,23 @@ there, and one over the wanted positions that attends to what the first one left
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pipeline.models import sequence_attention
 from pipeline.models.joiner import PACKED_FAMILIES, Joined
+from pipeline.models.sequence_attention import Span
 from pipeline.tensors import send
 
 # Families whose layers can be called like this, each held to the whole pass by a test. (GPT-2
 # shapes its final states like its input; BLOOM, Falcon and MPT carry ALiBi biases beside the mask.)
 FAMILIES = PACKED_FAMILIES | {"gpt_neox", "opt"}
 # Attention that takes a mask of any shape.
-MASKED_ATTENTION = frozenset({"sdpa", "eager"})
+MASKED_ATTENTION = frozenset({"sdpa", "eager", sequence_attention.NAME})
 # Keys and values are computed twice at the wanted positions, queries at the others in vain:
 # of almost all positions, the whole layer is the cheaper one.
 WORTH_IT = 0.75
@@ -53,17 +55,18 @@ class Reads:
 class Places:
     """The positions at which the last layer is wanted: (b, s) indices of rows and columns.
 
-    Either b is the batch and the columns are padded to s, or b is 1, nothing is padded, and every
-    query attends to all rows behind a mask.
+    Either b is the batch and the columns are padded to s, or b is 1 and nothing is padded: every
+    query attends to all rows behind a mask, or to its own sequence of a packed row.
     """
 
     rows: Tensor
     columns: Tensor
     is_flat: bool
+    sequences: tuple[Span, ...] | None = None  # of a packed row
 
     def to(self, device: torch.device) -> "Places":
         """The same places on another device."""
-        return Places(send(self.rows, device), send(self.columns, device), self.is_flat)
+        return replace(self, rows=send(self.rows, device), columns=send(self.columns, device))
 
 
 def selective_layer(model: Any) -> nn.Module | None:
@@ -76,12 +79,15 @@ def selective_layer(model: Any) -> nn.Module | None:
     return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)][-1]
 
 
-def choose_places(reads: Reads, width: int, hidden_size: int) -> Places | None:
-    """The cheapest way to the states that are read, of rows of `width` columns.
+def choose_places(reads: Reads, joined: Joined, hidden_size: int) -> Places | None:
+    """The cheapest way to the states that are read. None: the whole layer is no dearer.
 
     Counted in products a query: 6 x hidden size in the layer's weights (of 12, forward) and one a
-    key. None: the whole layer is no dearer.
+    key.
     """
+    if joined.lengths is not None:
+        return _places_in_sequences(reads, torch.tensor(joined.lengths), hidden_size)
+    width = joined.inputs["input_ids"].shape[1]
     (rows_n, per_row), number = reads.columns.shape, len(reads.order)
     padded = rows_n * per_row * (6 * hidden_size + width)
     flat = number * (6 * hidden_size + rows_n * width)
@@ -92,6 +98,22 @@ def choose_places(reads: Reads, width: int, hidden_size: int) -> Places | None:
         return Places(rows, reads.columns, is_flat=False)
     columns = reads.columns.flatten()[reads.order]
     return Places((reads.order // per_row).unsqueeze(0), columns.unsqueeze(0), is_flat=True)
+
+
+def _places_in_sequences(reads: Reads, lengths: Tensor, hidden_size: int) -> Places | None:
+    columns = reads.columns.flatten()[reads.order]
+    if (columns.diff() <= 0).any():
+        return None  # tokens and ends: a sequence's queries do not lie together
+    ends = lengths.cumsum(0)
+    queries = torch.bincount(torch.searchsorted(ends, columns, right=True))
+    keys = columns[queries.cumsum(0) - 1] + 1 - (ends - lengths)
+    products = (queries * (6 * hidden_size + keys)).sum()
+    if products > WORTH_IT * (lengths * (6 * hidden_size + lengths)).sum():
+        return None
+    spans = zip(queries.tolist(), keys.tolist(), (lengths - keys).tolist(), strict=True)
+    sequences = tuple(Span(*span) for span in spans)
+    rows = torch.zeros_like(columns)
+    return Places(rows.unsqueeze(0), columns.unsqueeze(0), is_flat=True, sequences=sequences)
 
 
 @contextmanager
@@ -128,7 +150,11 @@ def _at_places(forward: Any, places: Places, given: dict[str, Any], hidden: Tens
     def take(x: Tensor) -> Tensor:  # (B or 1, T, ...) -> (b, s, ...)
         return x[places.rows if x.shape[0] > 1 else 0, places.columns]
 
-    placed = {name: memory, "attention_mask": _mask(places, hidden, given["attention_mask"])}
+    placed: dict[str, Any] = {name: memory}
+    if places.sequences is not None:
+        placed["sequences"] = places.sequences
+    else:
+        placed["attention_mask"] = _mask(places, hidden, given["attention_mask"])
     if given.get("position_ids") is not None:
         placed["position_ids"] = take(given["position_ids"])
     if "position_embeddings" in given:

@@ -65,7 +65,7 @@ class ModelStore:
         model = loading.build_from_config(
             self.section.architecture, tokenizer, loading.torch_dtype(self.section.dtype)
         )
-        trunk = Trunk(model, BaseOrigin("model.architecture", "random")).to(self.device)
+        trunk = Trunk(model, BaseOrigin("model.architecture", "random")).place(self.device)
         trunk.freeze()
         return Handle(trunk, Role("base"), self._codec(tokenizer, frozenset()))
 
@@ -104,7 +104,7 @@ class ModelStore:
             adapters.remove_adapter(model, other)
         if role.adapter is None:
             _unwrap(model)
-        trunk = Trunk(model, source.origin).to(self.device)
+        trunk = Trunk(model, source.origin).place(self.device)
         if role.head is not None:
             trunk.heads[role.head] = copy.deepcopy(source.heads[role.head])
         trunk.freeze()
@@ -236,7 +236,7 @@ class ModelStore:
         origin = BaseOrigin(path, identity, revision)
         if commit is not None:
             origin = BaseOrigin(path, loading.base_identity(path, commit), commit)
-        trunk = Trunk(model, origin).to(self.device)
+        trunk = Trunk(model, origin).place(self.device)
         trunk.tokenizer = tokenizer
         trunk.freeze()
         self._trunks[identity] = self._trunks[origin.identity] = trunk

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pipeline.batches import TokenBatch
 from pipeline.codec import Codec
+from pipeline.models import sequence_attention
 from pipeline.models.adapters import activate, adapter_names, adapter_parameters, is_of
 from pipeline.models.heads import ScalarHead
 from pipeline.models.joiner import PackedJoiner, make_joiner
@@ -153,11 +154,13 @@ class Trunk(nn.Module):
         """
         joined = self.joiner(batch)
         reads = Reads.of(joined, batch.response_mask, of_tokens, of_last)
-        inputs = {name: send(x, self.device) for name, x in joined.inputs.items()}
+        inputs: dict[str, Any] = {n: send(x, self.device) for n, x in joined.inputs.items()}
         width = joined.inputs["input_ids"].shape[1]
+        if joined.lengths is not None:
+            inputs |= sequence_attention.arguments(joined.lengths, self.device)
         (layer,), places = self.last_layer, None
-        if layer is not None and not self.packs:
-            places = choose_places(reads, width, self.hidden_size)
+        if layer is not None and (joined.lengths is not None or not self.packs):
+            places = choose_places(reads, joined, self.hidden_size)
         again = partial(recomputed, self.model, role.adapter)
         recomputes = self.recompute and torch.is_grad_enabled()
         with ExitStack() as stack:
@@ -279,6 +282,12 @@ class Trunk(nn.Module):
         head = head or ScalarHead(self.hidden_size, self.number_dtype)
         self.heads[name] = head.to(self.device)
         return head
+
+    def place(self, device: torch.device) -> "Trunk":
+        """Move to a device; how rows are joined depends on it."""
+        self.to(device)
+        self.joiner = make_joiner(self.model)
+        return self
 
     def drop_output_layer(self) -> None:
         """Let go of weights that only logits need: of a model whose values alone are asked for."""

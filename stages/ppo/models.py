@@ -170,7 +170,7 @@ def _move(trunk: Trunk, device: torch.device, dtype: torch.dtype) -> None:
     for parameter in trunk.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
-    trunk.to(device)
+    trunk.place(device)
 
 
 def _with_head(handle: Handle, reward: Handle | None) -> Handle:

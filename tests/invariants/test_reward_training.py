@@ -216,12 +216,14 @@ def test_each_response_is_encoded_once(tmp_path: Path) -> None:
         for _ in range(4)
     ]
     handle = tiny_handle()
-    rows: list[int] = []
+    tokens: list[int] = []
     handle.trunk.model.get_decoder().register_forward_hook(
-        lambda module, args, kwargs, out: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+        lambda module, args, kwargs, out: tokens.append(kwargs["input_ids"].numel()),
+        with_kwargs=True,
     )
     make_trainer(handle, rankings, tmp_path, epochs=1).fit()
-    assert sum(rows) == 4 * 9  # expanded to pairs they would be 4 * 36 * 2 = 288
+    # 2 + 1 tokens each, no padding; expanded to pairs there would be 4 * 36 * 2 responses.
+    assert sum(tokens) == 4 * 9 * 3
 
 
 def test_head_starts_at_one_over_root_d_plus_one() -> None:

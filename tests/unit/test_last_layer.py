@@ -7,8 +7,9 @@ import torch
 
 from pipeline.batches import TokenBatch
 from pipeline.models import trunk
-from pipeline.models.joiner import DecoderJoiner
+from pipeline.models.joiner import TELLING_FAMILIES, DecoderJoiner, Joined
 from pipeline.models.last_layer import FAMILIES, Places, Reads, choose_places, selective_layer
+from pipeline.models.sequence_attention import Span
 from pipeline.models.trunk import Handle
 
 # Longer than the windows of 4 tokens that some families have (`conftest.FAMILY_EXTRA`).
@@ -19,16 +20,16 @@ EVERYTHING = {"logprobs", "entropy", "values", "scores"}
 EXACT = {"llama", "mistral", "phi", "phi3", "qwen2", "granite", "starcoder2", "gpt_neox", "opt"}
 
 
-def everywhere(reads, width, hidden_size) -> None:
+def everywhere(reads, joined, hidden_size) -> None:
     return None
 
 
-def padded(reads, width, hidden_size) -> Places:
+def padded(reads, joined, hidden_size) -> Places:
     rows = torch.arange(len(reads.columns)).unsqueeze(1).expand_as(reads.columns)
     return Places(rows, reads.columns, is_flat=False)
 
 
-def flat(reads, width, hidden_size) -> Places:
+def flat(reads, joined, hidden_size) -> Places:
     rows, columns = reads.order // reads.columns.shape[1], reads.columns.flatten()[reads.order]
     return Places(rows.unsqueeze(0), columns.unsqueeze(0), is_flat=True)
 
@@ -48,8 +49,19 @@ def numbers_and_gradients(
     return [*(x.detach() for x in found), torch.cat(gradients)]
 
 
-def with_head(handle: Handle) -> Handle:
+def in_sequences(reads, joined, hidden_size) -> Places:
+    assert joined.lengths is not None  # the batch is packed
+    chosen = choose_places(reads, joined, hidden_size=0)  # the layer's weights cost nothing
+    assert chosen is not None and chosen.sequences is not None
+    return chosen
+
+
+def with_head(handle: Handle, attention: str | None = "sdpa") -> Handle:
+    """With rows padded, unless None leaves attention as it is."""
     handle.trunk.add_head("h").init_normal(torch.Generator().manual_seed(0))
+    if attention is not None:
+        handle.trunk.model.set_attn_implementation(attention)
+        handle.trunk.joiner = DecoderJoiner(handle.trunk.model)
     return handle.with_role("r", head="h")
 
 
@@ -62,8 +74,7 @@ def test_numbers_and_gradients_are_those_of_the_whole_pass(
     make_handle, model_type, attention, monkeypatch
 ):
     dtype = "float64" if model_type in EXACT else "float32"
-    handle = with_head(make_handle(model_type, dtype))
-    handle.trunk.model.set_attn_implementation(attention)
+    handle = with_head(make_handle(model_type, dtype), attention)
     assert selective_layer(handle.trunk.model) is handle.trunk.model.get_decoder().layers[-1]
     whole = numbers_and_gradients(handle, everywhere, monkeypatch)
     # Gemma 3 scales rotary frequencies in float32; eager attention takes a softmax in float32.
@@ -94,6 +105,31 @@ def watch_last_layer(handle: Handle) -> Callable[[], int]:
     return end
 
 
+@pytest.mark.parametrize(("want", "places"), [({"scores"}, 3), ({"values", "logprobs"}, 6)])
+@pytest.mark.parametrize("model_type", sorted(TELLING_FAMILIES - {"gemma2"}))
+def test_packed_rows(make_handle, model_type, want, places, monkeypatch):
+    dtype = "float64" if model_type in EXACT else "float32"
+    handle = with_head(make_handle(model_type, dtype), None)
+    whole = numbers_and_gradients(handle, everywhere, monkeypatch, want)
+    seen = watch_last_layer(handle)
+    chosen = numbers_and_gradients(handle, in_sequences, monkeypatch, want)
+    assert seen() == places
+    tolerance = 1e-9 if dtype == "float64" else 2e-4
+    for one, other in zip(chosen, whole, strict=True):
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+
+
+def test_packed_rows_of_tokens_and_ends_go_through_the_whole_layer(make_handle, monkeypatch):
+    """A sequence's queries do not lie together then."""
+    found = []
+
+    def choose(reads, joined, hidden_size) -> None:
+        found.append(choose_places(reads, joined, hidden_size))
+
+    numbers_and_gradients(with_head(make_handle(), None), choose, monkeypatch)
+    assert found == [None]
+
+
 @pytest.mark.parametrize("want", [{"scores"}, {"values"}, {"logprobs"}])
 @pytest.mark.parametrize("choose", [padded, flat])
 def test_each_number_alone(make_handle, want, choose, monkeypatch):
@@ -115,17 +151,18 @@ def test_left_padding_and_its_mask(make_handle, model_type, choose, monkeypatch)
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("choose", [padded, flat])
+@pytest.mark.parametrize("choose", [padded, flat, in_sequences])
 @pytest.mark.parametrize("training", [False, True])
 def test_recomputation_changes_nothing(make_handle, choose, training, monkeypatch):
-    handle = with_head(make_handle())
+    handle = with_head(make_handle(), None if choose is in_sequences else "sdpa")
+    want = {"logprobs", "values"}
     handle.trunk.train(training)
-    kept = numbers_and_gradients(handle, choose, monkeypatch)
+    kept = numbers_and_gradients(handle, choose, monkeypatch, want)
     handle.trunk.recompute = True
     calls = []
     for layer in handle.trunk.model.get_decoder().layers:
         layer.mlp.register_forward_pre_hook(lambda *_args: calls.append(1))
-    again = numbers_and_gradients(handle, choose, monkeypatch)
+    again = numbers_and_gradients(handle, choose, monkeypatch, want)
     assert len(calls) == 2 * len(handle.trunk.model.get_decoder().layers)
     for one, other in zip(again, kept, strict=True):
         assert torch.equal(one, other)
@@ -148,7 +185,9 @@ def test_the_cheapest_way_is_chosen():
         columns = torch.arange(max(lengths)).expand(len(lengths), -1)
         mask = columns < torch.tensor(lengths).unsqueeze(1)
         order = mask.flatten().nonzero().squeeze(-1)
-        return choose_places(Reads(columns, order), width, hidden_size)
+        none = torch.empty(0)
+        joined = Joined({"input_ids": torch.empty(len(lengths), width)}, none, none, none)
+        return choose_places(Reads(columns, order), joined, hidden_size)
 
     # Even rows: 2 x 5 x (60 + 10) = 700 padded, 10 x (60 + 20) = 800 flat, 1,400 in all.
     even = choose([5, 5])
@@ -163,3 +202,19 @@ def test_the_cheapest_way_is_chosen():
     # A wide model: 14 x 6,010 = 84,140 padded, 8 x 6,020 = 48,160 flat, 120,200 in all.
     wide = choose([7, 1], hidden_size=1000)
     assert wide is not None and wide.is_flat
+
+
+def test_what_a_packed_row_costs_is_counted():
+    """Sequences of 10 and 4 tokens, of which 2 and 3 are read, up to the last but one."""
+    columns = torch.tensor([[7, 8, 9], [10, 11, 12]])
+    reads = Reads(columns, torch.tensor([0, 1, 3, 4, 5]))
+    none = torch.empty(0)
+    joined = Joined({"input_ids": torch.empty(1, 14)}, none, none, none, lengths=[10, 4])
+    # 2 x (60 + 9) + 3 x (60 + 3) = 327 of 10 x (60 + 10) + 4 x (60 + 4) = 956 products.
+    chosen = choose_places(reads, joined, hidden_size=10)
+    assert chosen is not None and chosen.is_flat
+    assert chosen.sequences == (Span(2, 9, 1), Span(3, 3, 1))
+    assert chosen.columns.tolist() == [[7, 8, 10, 11, 12]]
+    # 9 + 3 of 14 tokens, with 9 x 69 + 3 x 63 = 810 products, are more than three quarters.
+    many = Reads(torch.tensor([[*range(9), 10, 11, 12]]), torch.arange(12))
+    assert choose_places(many, joined, hidden_size=10) is None

@@ -54,8 +54,9 @@ def test_ppo(tuning: str, value: str, recompute: bool, monkeypatch: Any) -> None
     monkeypatch.setattr("pipeline.models.trunk.LOGITS_AT_A_TIME", 3 * 300)
     ppo = TinyPpo(tuning=tuning, value=value, optim={"entropy_coef": 0.1})
     experience = ppo.appraise(ppo.collect())
-    module = ppo.actor_critic.to(META)
+    module = ppo.actor_critic
     for trunk in module.distinct_trunks():
+        trunk.place(META)
         trunk.recompute = recompute
     for want in ppo.updater._passes(train_policy=True):
         rows = [0, 3, 5]
@@ -80,7 +81,7 @@ def test_families(make_handle, model_type):
 def test_the_last_layer_at_places(make_handle, is_flat, monkeypatch):
     chosen: list[Places] = []
 
-    def choose(reads, width, hidden_size) -> Places:
+    def choose(reads, joined, hidden_size) -> Places:
         per_row = reads.columns.shape[1]
         rows, columns = torch.arange(len(PROMPTS)).unsqueeze(1).expand(-1, per_row), reads.columns
         if is_flat:
@@ -119,7 +120,7 @@ def on_meta(handle: Handle) -> Handle:
     adapters.add_adapter(handle.trunk.model, "a", adapters.lora_config(LoraSection(rank=2)))
     handle.trunk.add_head("h")
     handle = handle.with_role("r", adapter="a", head="h")
-    handle.trunk.to(META)
+    handle.trunk.place(META)
     for parameter in handle.parameters():
         parameter.requires_grad_(True)
     return handle
