@@ -128,11 +128,13 @@ class PackedJoiner:
 def make_joiner(model: Any) -> DecoderJoiner | PackedJoiner:
     """The joiner of a model: packed where its attention can keep packed sequences apart.
 
-    On a processor `sdpa` is told the sequences' lengths; elsewhere that would be many small calls.
+    On a processor `sdpa` is told the sequences' lengths; elsewhere, and in narrow models, attention
+    once a sequence would be many small calls.
     """
     family = model.config.model_type
     if family in TELLING_FAMILIES:
-        sequence_attention.install(model, wanted=model.device.type == "cpu")
+        is_wide = model.config.hidden_size >= sequence_attention.WORTH_IT_FROM
+        sequence_attention.install(model, wanted=is_wide and model.device.type == "cpu")
     if family in PACKED_FAMILIES and model.config._attn_implementation in PACKING_ATTENTION:
         return PackedJoiner(model)
     return DecoderJoiner(model)

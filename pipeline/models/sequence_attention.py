@@ -15,6 +15,10 @@ import torch
 from torch import Tensor, nn
 
 NAME = "sdpa_by_sequence"
+# Hidden size below which a call a sequence costs more than its padding. Passes of 32 ragged rows,
+# forward and backward on two cores, took 1.10 times as long as padded at 128, 0.95 at 192, 0.94 at
+# 256 and 0.91 at 384; rows of nearly one length 1.19, 1.12, 1.01 and 1.05 times.
+WORTH_IT_FROM = 256
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,11 @@ EVERYTHING = {"logprobs", "entropy", "values", "scores"}
 EXACT = {"llama", "mistral", "phi", "phi3", "qwen2", "granite", "starcoder2", "gpt_neox", "opt"}
 
 
+@pytest.fixture(autouse=True)
+def _packs_narrow_models_too(monkeypatch):
+    monkeypatch.setattr("pipeline.models.sequence_attention.WORTH_IT_FROM", 0)
+
+
 def everywhere(reads, joined, hidden_size) -> None:
     return None
 

@@ -18,6 +18,11 @@ RESPONSES = [[20, 21], [22, 23, 24, 25, 26], [27]]
 EVERYTHING = {"logprobs", "entropy", "values", "scores"}
 
 
+@pytest.fixture(autouse=True)
+def _packs_narrow_models_too(monkeypatch):
+    monkeypatch.setattr("pipeline.models.sequence_attention.WORTH_IT_FROM", 0)
+
+
 def batch() -> TokenBatch:
     return TokenBatch.from_ragged(PROMPTS, RESPONSES, pad_id=0)
 
@@ -110,7 +115,7 @@ def test_models_are_packed_where_their_attention_can_keep_sequences_apart(make_h
     trunk = make_handle().trunk
     model = trunk.model
     assert isinstance(trunk.joiner, PackedJoiner) and trunk.joiner.tells_lengths  # on a processor
-    trunk.place(torch.device("meta"))
+    trunk.place(torch.device("meta"))  # no processor
     assert isinstance(trunk.joiner, DecoderJoiner) and model.config._attn_implementation == "sdpa"
     for attention in ("flash_attention_2", "flex_attention"):
         model.config._attn_implementation_internal = attention
@@ -121,3 +126,10 @@ def test_models_are_packed_where_their_attention_can_keep_sequences_apart(make_h
     gpt2 = make_handle("gpt2").trunk.model
     gpt2.config._attn_implementation_internal = "flash_attention_2"
     assert isinstance(make_joiner(gpt2), DecoderJoiner)
+
+
+def test_narrow_models_are_padded_on_a_processor(make_handle, monkeypatch):
+    width = make_handle().trunk.hidden_size
+    for least, joiner in ((width, PackedJoiner), (width + 1, DecoderJoiner)):
+        monkeypatch.setattr("pipeline.models.sequence_attention.WORTH_IT_FROM", least)
+        assert type(make_handle().trunk.joiner) is joiner
