@@ -136,6 +136,17 @@ def test_update_does_not_depend_on_the_padding_side(form: dict) -> None:
 
 
 @forms
+def test_update_does_not_depend_on_packing(form: dict, monkeypatch) -> None:
+    padded, _ = updated(TinyPpo(**form, optim=OPTIM))
+    monkeypatch.setattr("pipeline.models.sequence_attention.WORTH_IT_FROM", 0)
+    sizes = {"micro_batch_tokens": 40}
+    ppo = TinyPpo(**form, optim=OPTIM | sizes, rollout=sizes)
+    assert ppo.updater.packs
+    packed, _ = updated(ppo)
+    torch.testing.assert_close(packed, padded, **TOLERANCE)
+
+
+@forms
 def test_zero_advantage_leaves_the_policy_unchanged(form: dict) -> None:
     # The shared form trains one trunk for policy and value: only without a value loss may it stay.
     optim = {"value_coef": 0.0} if form["value"] == "shared" else {}
