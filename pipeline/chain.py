@@ -7,8 +7,9 @@ Work whose key (`keys.py`) is unchanged is never done twice, in this run or take
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,21 +76,26 @@ class Chain:
             PipelineError: see the stages; and if the run folder is in use, or `only` needs a stage
                 that has not finished.
         """
-        for source in self.sources:
-            if not source.config_yaml.exists():
-                raise CheckpointError(f"--from {source.root}: no run lies there (no config.yaml)")
-        self.folder.create()
-        with self.folder.lock():
-            self._describe()
+        from_main = self.runtime.from_main  # of many processes one reads and writes the folder
+        with ExitStack() as open_things:
+            from_main(lambda: self._open(open_things))
             plans = self.plan()
             summaries: dict[str, Mapping[str, Any]] = {}
             for name, planned in plans.items():
                 if only is None or only == name:
-                    reused = self._reuse(planned)
+                    reused = from_main(partial(self._reuse, planned))
                     summaries[name] = self._execute(planned, plans) if reused is None else reused
                 elif name in self._ancestors(plans, only):
-                    self._require(planned, only)
+                    from_main(partial(self._require, planned, only))
         return summaries
+
+    def _open(self, open_things: ExitStack) -> None:
+        for source in self.sources:
+            if not source.config_yaml.exists():
+                raise CheckpointError(f"--from {source.root}: no run lies there (no config.yaml)")
+        self.folder.create()
+        open_things.enter_context(self.folder.lock())
+        self._describe()
 
     def plan(self) -> dict[str, Planned]:
         """Every stage's key, parents before children."""
@@ -132,8 +138,12 @@ class Chain:
             self.console.print(f"[yellow]{planned.stage.name}: not reused: {error}[/]")
             return None
 
+    def _make_room(self, own: StageFolder) -> None:
+        self._set_aside(own)
+        own.artifact.mkdir(parents=True, exist_ok=True)
+
     def _set_aside(self, own: StageFolder) -> None:
-        """Make room: keep what was finished, and the checkpoints of an attempt that was not."""
+        """Keep what was finished, and the checkpoints of an attempt that was not."""
         try:
             manifest = own.manifest()
         except CheckpointError:
@@ -190,9 +200,10 @@ class Chain:
 
         stage = planned.stage
         own = self.folder.stage(stage.name)
-        self._set_aside(own)
-        own.artifact.mkdir(parents=True, exist_ok=True)
+        self.runtime.from_main(partial(self._make_room, own))
         self.console.rule(f"[bold]{stage.title}", align="left")
+        if self.runtime.world_size > 1:
+            self.console.print(f"  {self.runtime.strategy}", highlight=False)
         run = self.config.run
         tracker = Tracker(own.root, run.name, run.trackers, self.console, self.runtime.is_main)
         context = Context(
@@ -239,7 +250,8 @@ class Chain:
 
         read = {kind for stage in self.stages for kind in stage.reads(self.config)}
         corpus = load_corpus(self.config.data, [kind for kind in KINDS if kind in read])
-        write_json_atomic(self.folder.data_json, corpus.report)
+        if self.runtime.is_main:
+            write_json_atomic(self.folder.data_json, corpus.report)
         self.console.print(data_table(corpus.report, examples=True))
         return corpus
 

@@ -1,4 +1,4 @@
-"""What a run was made with: versions, commit and hardware, for `environment.json`."""
+"""What a process runs in: its place among others; versions, commit and hardware of a run."""
 
 import os
 import platform
@@ -7,6 +7,19 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+# Set by `--launch`: the number of processes that was asked for.
+ASKED_PROCESSES = "RLHF_ASKED_PROCESSES"
+
+
+def process_index() -> int:
+    """This process among those that torchrun or `accelerate launch` started, from 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def num_processes() -> int:
+    """How many processes torchrun or `accelerate launch` started; 1 without them."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def environment() -> dict[str, Any]:

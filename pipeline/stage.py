@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from pipeline.data import Corpus
     from pipeline.distributed import Runtime
     from pipeline.models.store import ModelStore
+    from pipeline.models.trunk import Handle
     from pipeline.tracking import Tracker
 
 Summary = Mapping[str, Any]
@@ -32,6 +33,16 @@ class Context:
     parents: Mapping[str, Path]  # artifact folder of each finished stage that this one needs
     tracker: "Tracker"
     console: Console
+
+    def save(self, handle: "Handle") -> None:
+        """Leave a handle as the stage's artifact, for which it stands in every process.
+
+        Models that wrappers for many processes take apart alike must be alike in all of them.
+        """
+        folder = self.folder.artifact
+        self.runtime.from_main(lambda: self.store.save(handle, folder))
+        if not self.runtime.is_main:
+            self.store.adopt(handle, folder)
 
     def report_cuts(self, codec: "Codec") -> dict[str, int]:
         """Say how many texts were cut to the run's limits; returns that for the summary."""

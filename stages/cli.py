@@ -6,7 +6,7 @@ inside the verbs, so that every `--help` answers within a second.
     rlhf run configs/quickstart.yaml ppo.kl_coef=0.1
 """
 
-import os
+import time
 from collections.abc import Callable, Collection
 from importlib import import_module
 from pathlib import Path
@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from typer.core import TyperGroup
 
+from pipeline.environment import process_index
 from pipeline.errors import ConfigError, PipelineError
 from stages import STAGES
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+MAIN_SPEAKS_FIRST = 5.0  # seconds that other processes wait before they print an error
 
 SUMMARY_OF_VERB = {
     "sft": "Fine-tune the base model on demonstrations.",
@@ -53,7 +55,7 @@ class _Group(TyperGroup):
             _print_error(error)
             raise typer.Exit(EXIT_ERROR) from None
         except KeyboardInterrupt:
-            if _rank() == 0:
+            if process_index() == 0:
                 Console(stderr=True).print("interrupted")
             raise typer.Exit(EXIT_INTERRUPTED) from None
 
@@ -84,6 +86,22 @@ SourceRuns = Annotated[
         metavar="RUN",
         help="Reuse the finished stages of this run folder, where their settings are the same.",
         show_default=False,
+    ),
+]
+Launch = Annotated[
+    str | None,
+    typer.Option(
+        "--launch",
+        metavar="NAME",
+        help="Start many processes through accelerate: a file of configs/accelerate (cpu2, ddp, "
+        "...) or a path.",
+        show_default=False,
+    ),
+]
+Processes = Annotated[
+    int | None,
+    typer.Option(
+        "--processes", min=1, help="With --launch: how many, over all machines.", show_default=False
     ),
 ]
 # Overrides with dashes reach `_load`, which says how to write them.
@@ -119,26 +137,57 @@ def _common(
     pass
 
 
-@app.command(
+def _chain_verb(verb: str) -> Callable[..., None]:
+    def command(
+        config: ConfigFile,
+        overrides: Overrides = None,
+        from_: SourceRuns = None,
+        launch: Launch = None,
+        processes: Processes = None,
+    ) -> None:
+        resolved = _load(config, overrides)
+        if not _launched(verb, launch, processes, config, overrides, from_):
+            _run_chain(resolved, from_, only=None if verb == "run" else verb)
+
+    return command
+
+
+def _launched(
+    verb: str,
+    name: str | None,
+    processes: int | None,
+    config: Path,
+    overrides: list[str] | None,
+    sources: list[Path] | None,
+) -> bool:
+    """Whether many processes were asked for; they have done the verb's work then.
+
+    Raises:
+        typer.Exit: they failed, with their exit code.
+    """
+    if name is None:
+        if processes is not None:
+            raise ConfigError("--processes is a number of processes that --launch NAME starts")
+        return False
+    from pipeline.distributed.launch import launch as launch_processes
+
+    taken = [text for path in sources or () for text in ("--from", str(path))]
+    code = launch_processes(name, processes, [verb, str(config), *(overrides or ()), *taken])
+    if code:
+        raise typer.Exit(code)
+    return True
+
+
+app.command(
+    "run",
+    help="Run the whole chain; reuses finished stages whose settings are unchanged.",
     context_settings=_LENIENT,
     epilog=_examples(
         "run configs/quickstart.yaml",
         "run configs/quickstart.yaml ppo.kl_coef=0.1 run.name=gentle",
         "run configs/quickstart.yaml run.name=gentle --from runs/quickstart",
     ),
-)
-def run(config: ConfigFile, overrides: Overrides = None, from_: SourceRuns = None) -> None:
-    """Run the whole chain in one process; reuses finished stages whose settings are unchanged."""
-    _run_chain(_load(config, overrides), from_, only=None)
-
-
-def _stage_verb(verb: str) -> Callable[..., None]:
-    def command(config: ConfigFile, overrides: Overrides = None, from_: SourceRuns = None) -> None:
-        _run_chain(_load(config, overrides), from_, only=verb)
-
-    return command
-
-
+)(_chain_verb("run"))
 for _verb in STAGES:
     app.command(
         _verb,
@@ -148,8 +197,9 @@ for _verb in STAGES:
             f"{_verb} configs/quickstart.yaml",
             f"{_verb} configs/quickstart.yaml run.name=second run.seed=2",
             f"{_verb} configs/quickstart.yaml run.name=third --from runs/quickstart",
+            f"{_verb} configs/quickstart.yaml --launch ddp --processes 4",
         ),
-    )(_stage_verb(_verb))
+    )(_chain_verb(_verb))
 
 
 @app.command(
@@ -264,20 +314,19 @@ def load_stage(verb: str) -> "Stage":
     return stage
 
 
-def _rank() -> int:
-    """This process among those that torchrun or `accelerate launch` started."""
-    return int(os.environ.get("RANK", "0"))
-
-
 def _console() -> Console:
     """The screen of the main process; the others are silent."""
-    return Console(quiet=_rank() != 0)
+    return Console(quiet=process_index() != 0)
 
 
 def _print_error(error: PipelineError) -> None:
-    rank = _rank()
-    if rank and isinstance(error, ConfigError):
-        return  # every process reads the same config: the main one says it
+    rank = process_index()
+    if rank:
+        if isinstance(error, ConfigError):
+            return  # every process reads the same config: the main one says it
+        # What all processes meet, or the main one, is said once, by the main one: the launcher ends
+        # the others when it goes. An error of this process alone is said here.
+        time.sleep(MAIN_SPEAKS_FIRST)
     where = f" (rank {rank})" if rank else ""
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     console.print(f"[bold red]error{where}:[/bold red] {escape(str(error))}")

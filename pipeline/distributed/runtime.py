@@ -4,8 +4,9 @@ Every collective is right with one process and with many; stages never ask which
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
+import os
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config import RunSection
+from pipeline.environment import ASKED_PROCESSES, num_processes, process_index
+from pipeline.errors import ConfigError, PipelineError
 
 T = TypeVar("T")
 
@@ -28,7 +31,11 @@ class Runtime:
         """accelerate's Accelerator, made when it is first needed."""
         from accelerate import Accelerator
 
-        return Accelerator(mixed_precision=self.run.mixed_precision, cpu=self.run.device == "cpu")
+        accelerator = Accelerator(
+            mixed_precision=self.run.mixed_precision, cpu=self.run.device == "cpu"
+        )
+        refuse_fallback(str(accelerator.distributed_type), accelerator.num_processes)
+        return accelerator
 
     @property
     def device(self) -> torch.device:
@@ -38,12 +45,12 @@ class Runtime:
     @property
     def rank(self) -> int:
         """Index of this process, from 0."""
-        return int(self.accelerator.process_index)
+        return process_index()
 
     @property
     def world_size(self) -> int:
         """Number of processes."""
-        return int(self.accelerator.num_processes)
+        return num_processes()
 
     @property
     def is_main(self) -> bool:
@@ -52,9 +59,11 @@ class Runtime:
 
     @property
     def strategy(self) -> str:
-        """How accelerate really distributes, for the log."""
-        kind = str(self.accelerator.distributed_type).removeprefix("DistributedType.")
-        return f"{kind} x {self.world_size} on {self.device.type}"
+        """How accelerate really distributes, for people."""
+        if self.world_size == 1:
+            return f"1 process on {self.device.type}"
+        kind = _kind(str(self.accelerator.distributed_type))
+        return f"{self.world_size} processes on {self.device.type}, {_NAMES.get(kind, kind)}"
 
     def seed(self, *names: str | int) -> int:
         """A seed of 63 bits for one purpose, derived from `run.seed` and the names."""
@@ -67,8 +76,19 @@ class Runtime:
 
         set_seed(self.seed(*names) % 2**32)
 
-    def prepare(self, module: nn.Module, *others: Any) -> Any:
-        """Wrap a module (and its optimiser) for training; what is trainable is fixed by now."""
+    def prepare(self, module: nn.Module, *others: Any, skips_some: bool = False) -> Any:
+        """Wrap a module (and its optimiser) for training; what is trainable is fixed by now.
+
+        `skips_some`: a pass may leave trainable weights unused, and DDP has to look for them.
+        """
+        from accelerate import DistributedDataParallelKwargs
+
+        # DDP copies the main process's weights to the others one by one, whatever their names.
+        names = [f"{name} {tuple(x.shape)}" for name, x in module.state_dict().items()]
+        assert len(set(self.gather_objects([tuple(names)]))) == 1, "processes hold unlike models"
+
+        settings = DistributedDataParallelKwargs(find_unused_parameters=skips_some)
+        self.accelerator.ddp_handler = settings
         return self.accelerator.prepare(module, *others)
 
     def unwrap(self, module: nn.Module) -> nn.Module:
@@ -85,9 +105,14 @@ class Runtime:
         """Backward through accelerate (which scales, where the strategy asks for it)."""
         self.accelerator.backward(loss)
 
-    def no_sync(self, module: nn.Module) -> AbstractContextManager[Any]:
-        """Accumulate gradients without reducing them over processes."""
-        context: AbstractContextManager[Any] = self.accelerator.no_sync(module)
+    def reducing(self, module: nn.Module, last: bool) -> AbstractContextManager[Any]:
+        """Round a forward and a backward pass: only the last of a step reduces gradients.
+
+        Processes may make different numbers of passes; each makes a last one.
+        """
+        context: AbstractContextManager[Any] = (
+            nullcontext() if last else self.accelerator.no_sync(module)
+        )
         return context
 
     def clip_grad_norm(self, parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
@@ -112,10 +137,66 @@ class Runtime:
         gathered: list[T] = gather_object(list(rows))
         return gathered
 
+    def from_main(self, work: Callable[[], T]) -> T:
+        """What `work` returns in the main process, which alone does it, in every process.
+
+        Raises:
+            PipelineError: whatever of that kind the main process raised, in every process.
+        """
+        if self.world_size == 1:
+            return work()
+        from accelerate.utils import broadcast_object_list
+
+        told: list[Any] = [None, None]  # result, failure
+        if self.is_main:
+            try:
+                told[0] = work()
+            except PipelineError as error:
+                told[1] = error
+        self.accelerator  # noqa: B018  # the process group comes with it
+        result, failure = broadcast_object_list(told)
+        if failure is not None:
+            raise failure
+        return result
+
     def barrier(self) -> None:
         """Wait for all processes."""
-        self.accelerator.wait_for_everyone()
+        if self.world_size > 1:
+            self.accelerator.wait_for_everyone()
 
     def share(self, total: int) -> range:
         """This process's indices of `total` rows: rank, rank + world size, ..."""
         return range(self.rank, total, self.world_size)
+
+
+_NAMES = {"MULTI_CPU": "DDP", "MULTI_GPU": "DDP", "FSDP": "FSDP", "DEEPSPEED": "DeepSpeed"}
+# What a launcher asks for, by the variable that says so.
+_ASKED = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DEEPSPEED"}
+
+
+def _kind(distributed_type: str) -> str:
+    return distributed_type.removeprefix("DistributedType.")
+
+
+def refuse_fallback(distributed_type: str, processes: int) -> None:
+    """Refuse another strategy, or another number of processes, than the launch asked for.
+
+    accelerate has no FSDP on a processor and trains with DDP instead, without a word.
+
+    Raises:
+        ConfigError: says what was asked for and what there would be.
+    """
+    kind = _kind(distributed_type)
+    for variable, wanted in _ASKED.items():
+        if os.environ.get(variable, "false").lower() in ("1", "true") and kind != wanted:
+            raise ConfigError(
+                f"the launch asks for {_NAMES[wanted]}, but accelerate would run "
+                f"{_NAMES.get(kind, 'without it')} here: it needs GPUs. Use --launch cpu2 or ddp, "
+                "or a machine with GPUs and run.device: auto"
+            )
+    asked = int(os.environ.get(ASKED_PROCESSES, processes))
+    if asked != processes:
+        raise ConfigError(
+            f"the launch asks for {asked} processes, but accelerate runs {processes}: look at "
+            "distributed_type, num_processes and num_machines in its configuration"
+        )

@@ -157,12 +157,6 @@ class ModelStore:
         base = None
         if role.adapter is None:
             self._save_model(handle, folder / "model")
-            if live:
-                identity = loading.folder_identity(folder / "model")
-                trunk.origin = BaseOrigin(str((folder / "model").resolve()), identity)
-                # Training moved the weights: the trunk is no longer the base it was loaded as.
-                self._trunks = {k: kept for k, kept in self._trunks.items() if kept is not trunk}
-                self._trunks[identity] = trunk
         else:
             origin = trunk.origin
             base = asdict(origin)
@@ -179,9 +173,20 @@ class ModelStore:
             folder / HANDLE, {"format": 1, "role": role.name, "head": role.head, "base": base}
         )
         if live:
-            self._live[folder.resolve()] = handle
+            self.adopt(handle, folder)
         else:
             self._live.pop(folder.resolve(), None)
+
+    def adopt(self, handle: Handle, folder: Path) -> None:
+        """Let the live handle stand for the artifact that it was saved as, by whichever process."""
+        trunk = handle.trunk
+        if handle.role.adapter is None:
+            identity = loading.folder_identity(folder / "model")
+            trunk.origin = BaseOrigin(str((folder / "model").resolve()), identity)
+            # Training moved the weights: the trunk is no longer the base it was loaded as.
+            self._trunks = {k: kept for k, kept in self._trunks.items() if kept is not trunk}
+            self._trunks[identity] = trunk
+        self._live[folder.resolve()] = handle
 
     def open(self, folder: Path) -> Handle:
         """The handle of an artifact: the live one, or one rebuilt from its files.

@@ -40,9 +40,7 @@ class Checkpoints:
             if policy.role.adapter is not None:
                 adapters.remove_adapter(policy.trunk.model, policy.role.adapter)
             policy = best
-        if context.runtime.is_main:
-            context.store.save(policy, context.folder.artifact)
-        context.runtime.barrier()
+        context.save(policy)
         return chosen
 
     @property

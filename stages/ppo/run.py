@@ -85,6 +85,13 @@ class Training:
                     f"ppo: there are no prompts to {part}. Check data.prompts (or the dataset "
                     "that prompts are taken from) and data.held_out_fraction"
                 )
+        asked = section.rollout.prompts_per_iteration
+        if min(asked, len(self.held_out)) < runtime.world_size:
+            raise DataError(
+                f"ppo: {runtime.world_size} processes need a prompt each, but there are {asked} an "
+                f"iteration and {len(self.held_out)} held out: raise "
+                "ppo.rollout.prompts_per_iteration or ppo.held_out.num_prompts, or start fewer"
+            )
         start = open_start(context)
         self.rewards = open_rewards(context, start)
         # New adapters start at random. Opening may draw numbers too (from files) or not (live).

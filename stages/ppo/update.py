@@ -130,7 +130,11 @@ class Updater:
             weight_decay=section.weight_decay,
             fused=True,
         )
-        self.module, self.optimiser = runtime.prepare(actor_critic, optimiser)
+        # While the value warms up, and in the language-model term, one of the two models rests.
+        skips_some = bool(section.value_warmup_iterations or demonstrations)
+        self.module, self.optimiser = runtime.prepare(
+            actor_critic, optimiser, skips_some=skips_some
+        )
 
     def update(
         self, experience: Experience, iteration: int, *, train_policy: bool = True
@@ -154,9 +158,10 @@ class Updater:
     def _steps(self, experience: Experience, iteration: int, train_policy: bool) -> list[Step]:
         steps: list[Step] = []
         for epoch in range(self.section.ppo_epochs):
-            for number, rows in enumerate(self._minibatches(experience, iteration, epoch)):
+            minibatches = self._minibatches(experience, iteration, epoch)
+            for number, (rows, count) in enumerate(minibatches):
                 place = f"iteration {iteration}, epoch {epoch}, minibatch {number}"
-                drawn = self._draw_demonstrations(len(rows), iteration, epoch, number)
+                drawn = self._draw_demonstrations(count, iteration, epoch, number)
                 tokens, sums, ratio_max = self._gradients(
                     experience, rows, drawn if train_policy else None, train_policy, place
                 )
@@ -195,19 +200,22 @@ class Updater:
 
     def _minibatches(
         self, experience: Experience, iteration: int, epoch: int
-    ) -> Iterator[list[int]]:
-        """Local rows of each minibatch: a permutation of the *global* sample indices, cut."""
+    ) -> Iterator[tuple[list[int], int]]:
+        """Local rows of each minibatch, and how many it has in all processes.
+
+        A permutation of the *global* sample indices, cut.
+        """
         local = {index: row for row, index in enumerate(experience.rollout.sample_indices)}
         indices = sorted(self.runtime.gather_objects(list(local)))
         random = np.random.default_rng([self.runtime.seed("minibatches"), iteration, epoch])
         for part in np.array_split(random.permutation(indices), self.section.minibatches):
-            yield [local[index] for index in part.tolist() if index in local]
+            yield [local[index] for index in part.tolist() if index in local], len(part)
 
     def _gradients(
         self,
         experience: Experience,
         rows: list[int],
-        demonstrations: TokenBatch | None,
+        demonstrations: list[Ragged] | None,
         train_policy: bool,
         place: str,
     ) -> tuple[float, dict[str, float], float]:
@@ -247,6 +255,8 @@ class Updater:
         lengths = experience.rollout.batch.lengths
         local_tokens = experience.rollout.batch.response_lengths[rows].sum()
         tokens = float(self.runtime.all_sum(local_tokens))
+        # A process without rows takes its part in the reductions with a row that does not count.
+        rows, weight = (rows, 1.0) if rows else ([0], 0.0)
         parts = self._micro_batches([lengths[row] for row in rows])
         passes = self._passes(train_policy)
         measured: list[Tensor] = []
@@ -254,10 +264,11 @@ class Updater:
             chosen = [rows[position] for position in part]
             sums = []
             for want in passes:
-                loss, found = self._losses(experience, chosen, want)
                 last = number == len(parts) - 1 and want is passes[-1]
-                self._backward(loss / tokens, last)
-                sums.append(found)
+                with self.runtime.reducing(self.module, last):
+                    loss, found = self._losses(experience, chosen, want)
+                    self._backward(loss * (weight / tokens))
+                sums.append(found * weight)
                 del loss  # and with it the activations, before those of the next pass
             measured.append(reduce(together, sums))
         self._refuse_not_finite(experience, measured, rows, parts, place)
@@ -291,34 +302,33 @@ class Updater:
 
     def _draw_demonstrations(
         self, count: int, iteration: int, epoch: int, number: int
-    ) -> TokenBatch | None:
+    ) -> list[Ragged] | None:
+        """This process's share of as many demonstrations as the minibatch has rows."""
         if not self.demonstrations:
             return None
-        stream = [self.runtime.seed("ptx"), iteration, epoch, number, self.runtime.rank]
+        stream = [self.runtime.seed("ptx"), iteration, epoch, number]
         drawn = np.random.default_rng(stream).integers(len(self.demonstrations), size=count)
-        prompts, responses = zip(*(self.demonstrations[i] for i in drawn.tolist()), strict=True)
-        return TokenBatch.from_ragged(prompts, responses, self.pad_id)
+        return [self.demonstrations[drawn[i]] for i in self.runtime.share(count)]
 
-    def _accumulate_demonstrations(self, batch: TokenBatch) -> None:
+    def _accumulate_demonstrations(self, drawn: list[Ragged]) -> None:
         """Gradients of ptx_coef x mean NLL of drawn demonstrations (InstructGPT, eq. 2)."""
-        tokens = float(self.runtime.all_sum(batch.response_lengths.sum()))
+        local_tokens = sum(len(response) for _, response in drawn)
+        tokens = float(self.runtime.all_sum(torch.tensor(local_tokens)))
+        weight = self.section.ptx_coef / tokens if drawn else 0.0
+        prompts, responses = zip(*(drawn or self.demonstrations[:1]), strict=True)
+        batch = TokenBatch.from_ragged(prompts, responses, self.pad_id)
         parts = self._micro_batches(batch.lengths)
         for position, rows in enumerate(parts):
-            with self.runtime.autocast():
-                part = batch.take(rows)
-                # A language-model loss: at temperature 1 whatever the policy is sampled with.
-                logprobs = self.module(part, ["logprobs"]).logprobs
-            loss = -masked_sum(logprobs, part.response_mask)
-            self._backward(self.section.ptx_coef * loss / tokens, position == len(parts) - 1)
+            part = batch.take(rows)
+            with self.runtime.reducing(self.module, position == len(parts) - 1):
+                with self.runtime.autocast():
+                    # A language-model loss: at temperature 1 whatever the policy is sampled with.
+                    logprobs = self.module(part, ["logprobs"]).logprobs
+                self._backward(-masked_sum(logprobs, part.response_mask) * weight)
 
-    def _backward(self, loss: Tensor, last: bool) -> None:
+    def _backward(self, loss: Tensor) -> None:
         # DDP averages gradients over processes; ours are already shares of a global mean.
-        loss = loss * self.runtime.world_size
-        if last:
-            self.runtime.backward(loss)
-        else:
-            with self.runtime.no_sync(self.module):
-                self.runtime.backward(loss)
+        self.runtime.backward(loss * self.runtime.world_size)
 
     def _step(self, train_policy: bool, place: str) -> dict[str, float]:
         if not train_policy:

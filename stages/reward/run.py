@@ -110,8 +110,7 @@ class RewardStage:
         }
         if context.runtime.is_main:
             write_json_atomic(context.folder.artifact / REPORT, report)
-            context.store.save(handle, context.folder.artifact)
-        context.runtime.barrier()
+        context.save(handle)
         return key_numbers(report, fit)
 
 

@@ -58,9 +58,7 @@ class SftStage:
         held_out = tokenised(handle.codec, split.held_out[: context.config.sft.eval_rows])
         cuts = context.report_cuts(handle.codec)
         fit = train_handle(handle, train, held_out, context)
-        if context.runtime.is_main:
-            context.store.save(handle, context.folder.artifact)
-        context.runtime.barrier()
+        context.save(handle)
         return {
             **({"eval_loss": fit.held_out["loss"]} if fit.held_out else {}),
             **({"perplexity": fit.held_out["perplexity"]} if fit.held_out else {}),

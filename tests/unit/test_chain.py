@@ -82,7 +82,13 @@ class Step:
 @pytest.fixture(autouse=True)
 def world(monkeypatch):
     """No models and no data: the chain's own work is under test."""
-    runtime = SimpleNamespace(is_main=True, device="cpu", barrier=lambda: None)
+    runtime = SimpleNamespace(
+        is_main=True,
+        world_size=1,
+        device="cpu",
+        barrier=lambda: None,
+        from_main=lambda work: work(),
+    )
     corpus = SimpleNamespace(fingerprint=lambda kind: "data-1", report={})
     monkeypatch.setattr(Chain, "runtime", runtime)
     monkeypatch.setattr(Chain, "corpus", corpus)

@@ -15,6 +15,7 @@ import yaml
 from typer.testing import CliRunner
 
 import pipeline.chain
+from pipeline.distributed.runtime import refuse_fallback
 from pipeline.errors import ConfigError, TrainingError
 from stages import STAGES, cli
 from stages.cli import SUMMARY_OF_VERB, app, needed_stages
@@ -298,6 +299,7 @@ def test_other_ranks_are_silent_but_for_errors_of_their_own(
     expected: str,
 ) -> None:
     monkeypatch.setenv("RANK", "3")
+    monkeypatch.setattr(cli, "MAIN_SPEAKS_FIRST", 0.01)
 
     def fail(self: Any, only: str | None = None) -> None:
         cli._console().print("progress")
@@ -318,3 +320,28 @@ def test_module_entry_point_exits_with_2(tmp_path: Path) -> None:
     )
     assert done.returncode == 2
     assert done.stderr == f"error: none.yaml: no such file (current folder: {ROOT})\n"
+
+
+def test_another_launch_than_was_asked_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse_fallback("DistributedType.MULTI_CPU", 2)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    refuse_fallback("DistributedType.FSDP", 2)
+    with pytest.raises(ConfigError, match="asks for FSDP, but accelerate would run DDP here"):
+        refuse_fallback("DistributedType.MULTI_CPU", 2)
+    monkeypatch.delenv("ACCELERATE_USE_FSDP")
+    monkeypatch.setenv("RLHF_ASKED_PROCESSES", "4")
+    with pytest.raises(ConfigError, match="asks for 4 processes, but accelerate runs 1"):
+        refuse_fallback("DistributedType.NO", 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--launch", "ddq"], "no such configuration. There are cpu2, ddp"),
+        (["--processes", "2"], "--processes is a number of processes that --launch NAME starts"),
+    ],
+)
+def test_a_launch_that_cannot_be(config: str, arguments: list[str], expected: str) -> None:
+    result = runner.invoke(app, ["run", config, *arguments])
+    assert result.exit_code == 2
+    assert expected in " ".join(result.stderr.split())

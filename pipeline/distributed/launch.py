@@ -1,0 +1,70 @@
+"""`--launch NAME`: the same verb in many processes, started by accelerate.
+
+NAME is a file of `configs/accelerate/` or a path to one of accelerate's configurations. accelerate
+and torchrun do the work; here they are called with the same verb, and what they print when a
+process fails, which has said why itself, is left out.
+"""
+
+import logging
+import os
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.environment import ASKED_PROCESSES, num_processes
+from pipeline.errors import ConfigError, TrainingError
+
+SHIPPED = Path(__file__).parents[2] / "configs" / "accelerate"
+
+
+def launch(name: str, processes: int | None, arguments: Sequence[str]) -> int:
+    """Run `rlhf ARGUMENTS` under the accelerate configuration `name`; returns its exit code.
+
+    Raises:
+        ConfigError: there is no such configuration, or accelerate refuses it.
+        TrainingError: a process was killed.
+    """
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    if num_processes() > 1:
+        raise ConfigError("--launch is for the first process: leave it out under a launcher")
+    path = find_configuration(name)
+    asked = processes or load_config_from_file(str(path)).num_processes
+    if path.stem.startswith("cpu"):
+        arguments = [*arguments, "run.device=cpu"]
+    settings = ["--config_file", str(path), "--num_processes", str(asked)]
+    os.environ[ASKED_PROCESSES] = str(asked)
+    # torch's C++ warnings, once a process: DDP takes a value that warms up for an oversight.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    try:
+        launch_command(launch_command_parser().parse_args([*settings, "-m", "stages", *arguments]))
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:  # nobody was left to say why
+            raise TrainingError(
+                f"rank {rank} was ended by {signal.Signals(-failure.exitcode).name}, and the other "
+                "processes were stopped. SIGKILL that nobody sent is the system's answer to a lack "
+                "of memory"
+            ) from error
+        return int(failure.exitcode)
+    except (ValueError, ImportError) as error:
+        raise ConfigError(f"--launch {name}: {error}") from error
+    return 0
+
+
+def find_configuration(name: str) -> Path:
+    """The file of a shipped name, or of a path.
+
+    Raises:
+        ConfigError: neither.
+    """
+    shipped = SHIPPED / f"{name}.yaml"
+    if shipped.exists():
+        return shipped
+    if Path(name).is_file():
+        return Path(name)
+    names = ", ".join(sorted(path.stem for path in SHIPPED.glob("*.yaml")))
+    raise ConfigError(f"--launch {name}: no such configuration. There are {names}; or name a file")

@@ -1,0 +1,166 @@
+"""The whole chain by two processes (gloo), started by `--launch cpu2`, against one process.
+
+Everything is in float64: rollouts agree token for token, losses and weights to 1e-9. Sums over
+processes are added in another order, so that they are not bit-equal.
+"""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[2]
+# 9 prompts an iteration: 5 and 4 a process; 3 rows a minibatch, of which a process may have none.
+# 5 rankings and 5 demonstrations a step: 3 and 2, with smaller steps at the end of a pass.
+CONFIG = f"""
+run: {{name: one, trackers: [], device: cpu}}
+model:
+  init: config
+  dtype: float64
+  vocabulary_size: 400
+  architecture:
+    {{hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, intermediate_size: 64,
+      max_position_embeddings: 128}}
+lora: {{rank: 4, alpha: 8}}
+data:
+  demonstrations: {{path: "{ROOT}/data/quickstart/demonstrations.jsonl", limit: 60}}
+  rankings: {{path: "{ROOT}/data/quickstart/rankings.jsonl", limit: 40}}
+  prompts: {{path: "{ROOT}/data/quickstart/prompts.jsonl", limit: 60}}
+  held_out_fraction: 0.25
+  max_prompt_tokens: 96
+  max_response_tokens: 24
+sft: {{max_steps: 11, batch_size: 5, micro_batch_tokens: 200, optim: {{learning_rate: 5.0e-3}}}}
+reward:
+  {{max_steps: 8, batch_size: 5, micro_batch_tokens: 500, optim: {{learning_rate: 5.0e-3}},
+    normalisation: {{num_samples: 7}}}}
+ppo:
+  iterations: 3
+  rollout: {{prompts_per_iteration: 9, max_new_tokens: 12}}
+  optim:
+    {{learning_rate: 5.0e-3, ppo_epochs: 2, minibatches: 3, micro_batch_tokens: 120,
+      ptx_coef: 0.1, entropy_coef: 0.01, value_warmup_iterations: 1}}
+  held_out: {{every: 2, num_prompts: 5}}
+evaluation: {{prompts: 4, max_new_tokens: 4}}
+"""
+FORMS = {
+    "full": ["sft.tuning=full", "reward.tuning=full", "ppo.tuning=full", "ppo.value=separate"],
+    "full-shared": ["sft.tuning=full", "reward.tuning=full", "ppo.tuning=full", "ppo.value=shared"],
+    "lora": ["sft.tuning=full", "reward.tuning=lora", "ppo.tuning=lora", "ppo.value=separate"],
+    "lora-shared": ["sft.tuning=full", "reward.tuning=lora", "ppo.tuning=lora", "ppo.value=shared"],
+}
+TIMES = ("seconds", "per_second")
+
+
+RLHF = [sys.executable, "-m", "stages"]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "120"}
+
+
+def rlhf(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*RLHF, *arguments],
+        cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=FORMS)
+def runs(request, tmp_path_factory):
+    """A folder with `runs/one` and `runs/two`, by one process and by two; and what two printed."""
+    folder = tmp_path_factory.mktemp(request.param)
+    (folder / "c.yaml").write_text(CONFIG)
+    form = FORMS[request.param]
+    done = [
+        rlhf(folder, verb, "c.yaml", *form, "run.name=one") for verb in ("sft", "reward", "ppo")
+    ]
+    done.append(rlhf(folder, "run", "c.yaml", *form, "run.name=two", "--launch", "cpu2"))
+    for one in done:
+        assert one.returncode == 0, one.stdout + one.stderr
+    return folder / "runs", done[-1].stdout + done[-1].stderr
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_two_processes_compute_what_one_does(runs):
+    folder, _ = runs
+    for stage in ("sft", "reward", "ppo"):
+        one, two = (rows(folder / name / stage / "metrics.jsonl") for name in ("one", "two"))
+        assert len(one) == len(two) >= 3
+        for row, other in zip(one, two, strict=True):
+            assert row.keys() == other.keys()
+            for key, number in row.items():
+                if not any(time in key for time in TIMES):
+                    assert math.isclose(number, other[key], rel_tol=1e-9, abs_tol=1e-9), key
+        weights = sorted((folder / "one" / stage / "artifact").rglob("*.safetensors"))
+        assert weights
+        for path in weights:
+            found = load_file(folder / "two" / path.relative_to(folder / "one"))
+            for name, tensor in load_file(path).items():
+                torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-9)
+
+
+def test_rollouts_agree_token_for_token(runs):
+    folder, _ = runs
+
+    def samples(run: str) -> dict[int, tuple]:
+        found = {}
+        for path in sorted((folder / run / "ppo/samples").glob("*.parquet")):
+            for row in pyarrow.parquet.read_table(path).to_pylist():
+                found[row["sample_index"]] = (row["iteration"], row["prompt_ids"],
+                                              row["response_ids"], row["ended"])  # fmt: skip
+        return found
+
+    assert samples("one") == samples("two")
+    assert len(samples("two")) == 3 * 9
+    assert {path.name[:5] for path in (folder / "two/ppo/samples").iterdir()} == {"rank0", "rank1"}
+
+
+def test_two_processes_speak_once(runs):
+    _, output = runs
+    assert output.count("2 processes on cpu, DDP") == 5  # sft, reward, ppo, evaluation, export
+    for words in ("supervised fine-tuning ─", "reward model ─", "✓ ppo", "Look at the run with"):
+        assert output.count(words) == 1, output
+    assert "Warning" not in output
+
+
+def test_a_killed_process_brings_all_down(tmp_path):
+    (tmp_path / "c.yaml").write_text(CONFIG)
+    command = [*RLHF, "sft", "c.yaml", "sft.max_steps=100000", "sft.log_every=1"]
+    with subprocess.Popen(
+        [*command, "--launch", "cpu2"],
+        cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as launcher:  # fmt: skip
+        metrics = tmp_path / "runs/one/sft/metrics.jsonl"
+        deadline = time.monotonic() + 120
+        while not metrics.exists() or metrics.stat().st_size == 0:
+            assert launcher.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        processes = {rank_of(pid): pid for pid in children(launcher.pid)}
+        assert processes.keys() == {0, 1}
+        begin = time.monotonic()
+        os.kill(processes[1], signal.SIGKILL)
+        _, errors = launcher.communicate(timeout=90)
+    assert time.monotonic() - begin < 60
+    assert launcher.returncode == 2
+    assert errors.count("error: rank 1 was ended by SIGKILL") == 1, errors
+    assert "Traceback" not in errors
+    assert not any(Path(f"/proc/{pid}").exists() for pid in processes.values())
+
+
+def children(pid: int) -> list[int]:
+    text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    return [int(word) for word in text.split()]
+
+
+def rank_of(pid: int) -> int:
+    variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    return next(int(v.removeprefix(b"RANK=")) for v in variables if v.startswith(b"RANK="))
