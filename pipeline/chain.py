@@ -18,6 +18,7 @@ from rich.console import Console
 from pipeline.environment import environment
 from pipeline.errors import CheckpointError
 from pipeline.keys import difference, stage_material
+from pipeline.resume import States, complete_states, newest_manifest
 from pipeline.runfolder import (
     MANIFEST,
     Manifest,
@@ -49,7 +50,8 @@ class Chain:
     """Runs stages in order, each with the artifacts of those it needs.
 
     `predict` says what a stage's models will cost in memory, from the config; None where nobody
-    asks or where the stage trains nothing.
+    asks or where the stage trains nothing. `allow_changes`: an interrupted stage goes on even if
+    its configuration is another one now.
     """
 
     def __init__(
@@ -59,8 +61,11 @@ class Chain:
         console: Console,
         sources: Sequence[Path] = (),
         predict: Callable[[Any, str], "Footprint | None"] | None = None,
+        *,
+        allow_changes: bool = False,
     ) -> None:
         self.config = config
+        self.allow_changes = allow_changes
         self.predict = predict
         self.stages = stages
         self.console = console
@@ -138,9 +143,33 @@ class Chain:
             self.console.print(f"[yellow]{planned.stage.name}: not reused: {error}[/]")
             return None
 
-    def _make_room(self, own: StageFolder) -> None:
-        self._set_aside(own)
+    def _make_room(self, own: StageFolder, planned: Planned) -> None:
+        if self._goes_on(own, planned):
+            shutil.rmtree(own.artifact, ignore_errors=True)  # what was written of it
+        else:
+            self._set_aside(own)
         own.artifact.mkdir(parents=True, exist_ok=True)
+
+    def _goes_on(self, own: StageFolder, planned: Planned) -> bool:
+        """Whether an interrupted attempt has left a state of this configuration.
+
+        Raises:
+            CheckpointError: it is of another configuration; says which values differ.
+        """
+        state = newest_manifest(own.checkpoints)
+        if state is None or (own.artifact / MANIFEST).exists():
+            return False
+        if state.key != planned.key:
+            changed = difference(state.material, planned.material)
+            if not self.allow_changes:
+                raise CheckpointError(
+                    f"{own.root} holds an unfinished {own.root.name} of another configuration: "
+                    f"{changed}. Set these back to go on from it, go on with the new values "
+                    "(--allow-changes), or choose another run.name"
+                )
+            self.console.print(f"[yellow]  going on with another configuration: {changed}[/]")
+        self.console.print(f"  going on after step {state.summary['step']}", highlight=False)
+        return True
 
     def _set_aside(self, own: StageFolder) -> None:
         """Keep what was finished, and the checkpoints of an attempt that was not."""
@@ -200,8 +229,8 @@ class Chain:
 
         stage = planned.stage
         own = self.folder.stage(stage.name)
-        self.runtime.from_main(partial(self._make_room, own))
         self.console.rule(f"[bold]{stage.title}", align="left")
+        self.runtime.from_main(partial(self._make_room, own, planned))
         if self.runtime.world_size > 1:
             self.console.print(f"  {self.runtime.strategy}", highlight=False)
         run = self.config.run
@@ -216,6 +245,7 @@ class Chain:
             parents={name: self.folder.stage(name).artifact for name in stage.needs(self.config)},
             tracker=tracker,
             console=self.console,
+            states=States(own, planned.key, planned.material, self.runtime),
         )
         if self.runtime.is_main and self.predict is not None:
             predicted = self.predict(self.config, stage.name)
@@ -238,6 +268,8 @@ class Chain:
                 summary=summary,
                 seconds=seconds,
             )
+            for _, state in complete_states(own.checkpoints):
+                shutil.rmtree(state, ignore_errors=True)
         self.runtime.barrier()
         self.console.print(f"[green]✓[/] {stage.name}: {seconds:.1f} s, {own.artifact}")
         return summary

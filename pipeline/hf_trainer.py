@@ -30,16 +30,26 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
-from pipeline.config import FitSection, RunSection
+from pipeline.config import RunSection
 from pipeline.errors import TrainingError
 from pipeline.fence import BestWeights, fenced
-from pipeline.models.footprint import Roles, measure_at_first_step
-from pipeline.progress import ProgressBar
+from pipeline.fit_config import FitSection
+from pipeline.resume import (
+    State,
+    States,
+    random_state,
+    restore_random,
+    restore_training_tensors,
+    training_tensors,
+)
 from pipeline.row_order import plan_steps
 from pipeline.rows import Rows, Step, StepDataset, share_or_filler
+from pipeline.trainer_callbacks import ShownProgress
 
+# What a training carries from step to step besides tensors, in `PlannedTrainer`.
+_NUMBERS = ("step_sums", "lowest_loss", "evaluations_since_best", "kept_metrics")
 _REMEDY = (
     "Lower optim.learning_rate or optim.max_grad_norm, raise optim.warmup_fraction, or look at the "
     "rows of that step."
@@ -67,7 +77,6 @@ def training_arguments(
     schedule = optim.schedule
     if schedule == "constant" and warmup_steps:
         schedule = "constant_with_warmup"  # type: ignore[assignment]  # Trainer's own name
-    every = section.eval_every
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=num_steps,
@@ -83,7 +92,7 @@ def training_arguments(
         bf16=run.mixed_precision == "bf16",
         use_cpu=run.device == "cpu",
         eval_strategy="steps" if evaluates else "no",
-        eval_steps=int(every) if every >= 1 else max(1, math.ceil(every * num_steps)),
+        eval_steps=section.steps_between("eval_every", num_steps),
         logging_steps=section.log_every,
         logging_first_step=True,
         logging_nan_inf_filter=False,  # its default hides a NaN loss
@@ -107,6 +116,7 @@ class PlannedTrainer(Trainer, ABC):
         train: rows to train on.
         held_out: rows to evaluate on; none means no evaluation, and the last weights are kept.
         log: receives (step, metrics), for instance `Tracker.log`.
+        states: where to leave states to go on from, and to look for one; None does neither.
         console: shows the progress.
     """
 
@@ -121,6 +131,7 @@ class PlannedTrainer(Trainer, ABC):
         log: Callable[[int, dict[str, float]], None],
         console: Console | None = None,
         title: str = "training",
+        states: States | None = None,
     ) -> None:
         self.rows = train
         self.held_out = held_out
@@ -135,7 +146,7 @@ class PlannedTrainer(Trainer, ABC):
             model=module,
             args=args,
             eval_dataset=held_out,  # only whether there is one is read
-            callbacks=[_Progress(console, title)],
+            callbacks=[ShownProgress(console, title)],
         )
         self.write_metrics = log
         self.patience = section.patience
@@ -145,6 +156,10 @@ class PlannedTrainer(Trainer, ABC):
         self.kept_metrics: dict[str, float] = {}
         self.step_sums: list[tuple[float, int, int]] = []  # (loss, units, rows) of each step
         self._logged = (0, time.perf_counter())  # steps in the log, and when it was written
+        self.states = states
+        self._saved_step = 0
+        self.state_every = section.steps_between("checkpoint_every", len(self.plan))
+        self.resumed = None if states is None else states.newest(console or Console(quiet=True))
 
     # --- what a subclass says ---
 
@@ -164,7 +179,8 @@ class PlannedTrainer(Trainer, ABC):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """One item an optimiser step, in the plan's order: this process's share of it."""
-        steps = StepDataset(self.rows, self.plan, self.token_budget, self._rank, self._world_size)
+        plan = self.plan if self.resumed is None else self.plan.after(self.resumed.step)
+        steps = StepDataset(self.rows, plan, self.token_budget, self._rank, self._world_size)
         return DataLoader(steps, batch_size=None, shuffle=False)
 
     def training_step(
@@ -176,6 +192,9 @@ class PlannedTrainer(Trainer, ABC):
             TrainingError: the loss is NaN or infinite, on whichever process.
         """
         model.train()
+        if self.resumed is not None and self.resumed.own is not None:
+            restore_random(self.resumed.own)  # the loader has drawn a seed since the training began
+        self.resumed = None
         step: Step = inputs["step"]
         losses: list[Tensor] = []
         for index, batch in enumerate(step.batches):
@@ -274,6 +293,65 @@ class PlannedTrainer(Trainer, ABC):
         )
         self._logged = (len(self.step_sums), now)
 
+    # --- going on after an interruption ---
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        found: tuple[int, int] = super()._init_training_state(*args, **kwargs)
+        if self.resumed is not None:
+            self.state.global_step = self.resumed.step
+        return found
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        if self.resumed is not None:
+            self._restore(self.resumed.run)
+        return prepared
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        step = self.state.global_step
+        ends = step == len(self.plan) or self.control.should_training_stop
+        # The end of an epoch calls this once more.
+        if self.states is None or ends or step == self._saved_step or step % self.state_every:
+            return
+        self._saved_step = step
+        self.states.save(step, self._state(), random_state())
+
+    def _state(self) -> State:
+        tensors = training_tensors(self._trained(), self.optimizer)
+        if self.best is not None:
+            tensors |= {f"best/{i}": x for i, x in enumerate(self.best.saved)}
+        assert self.lr_scheduler is not None and self.optimizer is not None
+        schedule = self.lr_scheduler.state_dict()
+        numbers = {name: getattr(self, name) for name in _NUMBERS} | {
+            "schedule": {name: schedule[name] for name in schedule if name != "lr_lambdas"},
+            "rates": [group["lr"] for group in self.optimizer.param_groups],
+            "best_step": 0 if self.best is None else self.best.step,
+            "logged": self._logged[0],
+        }
+        return State(tensors, numbers)
+
+    def _restore(self, state: State) -> None:
+        numbers = state.numbers
+        restore_training_tensors(state.tensors, self._trained(), self.optimizer)
+        for name in _NUMBERS:
+            setattr(self, name, numbers[name])
+        self.step_sums = [(loss, units, rows) for loss, units, rows in numbers["step_sums"]]
+        if self.best is not None:
+            saved = [name for name in state.tensors if name.startswith("best/")]
+            self.best.saved = [state.tensors[f"best/{i}"] for i in range(len(saved))]
+            self.best.step = numbers["best_step"]
+        assert self.lr_scheduler is not None and self.optimizer is not None
+        schedule = self.lr_scheduler.state_dict() | numbers["schedule"]
+        self.lr_scheduler.load_state_dict(schedule)
+        for group, rate in zip(self.optimizer.param_groups, numbers["rates"], strict=True):
+            group["lr"] = rate
+        self._saved_step = self.state.global_step
+        self._logged = (numbers["logged"], time.perf_counter())
+
+    def _trained(self) -> list[tuple[str, nn.Parameter]]:
+        return [(n, p) for n, p in self._module.named_parameters() if p.requires_grad]
+
     # --- the whole training ---
 
     def fit(self) -> FitSummary:
@@ -316,48 +394,6 @@ class PlannedTrainer(Trainer, ABC):
 
     def _sum_over_processes(self, value: Tensor) -> float:
         return float(self.accelerator.reduce(value, reduction="sum"))
-
-
-class MeasuredMemory(TrainerCallback):
-    """Writes what a stage's roles cost in memory into its `memory.json`, at the first step."""
-
-    def __init__(self, roles: Roles, memory_json: Path) -> None:
-        self.roles, self.memory_json = roles, memory_json
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Wait for the first step: gradients and optimiser state come with it."""
-        if state.is_world_process_zero:
-            measure_at_first_step(kwargs["optimizer"], self.roles, self.memory_json)
-
-
-class _Progress(TrainerCallback):
-    """Shows a training's progress; also has the last step logged."""
-
-    def __init__(self, console: Console | None, title: str) -> None:
-        self.console, self.title = console, title
-        self.numbers = ""
-        self.bar: ProgressBar | None = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Show the bar."""
-        shown = self.console if state.is_world_process_zero else None
-        self.bar = ProgressBar(shown, self.title, state.max_steps).__enter__()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """One step further."""
-        assert self.bar is not None
-        self.bar.step(state.global_step, self.numbers)
-        if state.global_step >= state.max_steps:
-            control.should_log = True
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Show the newest held-out loss."""
-        self.numbers = f"held-out loss {kwargs['metrics']['eval_loss']:.4f}"
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Leave the bar on the screen as it stands; also after an error before it began."""
-        if self.bar is not None:
-            self.bar.__exit__(None, None, None)
 
 
 def _mean_loss(steps: Sequence[tuple[float, int, int]]) -> float:

@@ -24,6 +24,10 @@ class Plan:
     def __len__(self) -> int:
         return len(self.steps)
 
+    def after(self, step: int) -> "Plan":
+        """What is left when the first `step` steps are done."""
+        return Plan(self.steps[step:], self.steps_per_epoch)
+
 
 def plan_steps(
     lengths: Sequence[int],

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pipeline.distributed import Runtime
     from pipeline.models.store import ModelStore
     from pipeline.models.trunk import Handle
+    from pipeline.resume import States
     from pipeline.tracking import Tracker
 
 Summary = Mapping[str, Any]
@@ -33,6 +34,7 @@ class Context:
     parents: Mapping[str, Path]  # artifact folder of each finished stage that this one needs
     tracker: "Tracker"
     console: Console
+    states: "States | None" = None  # to go on from; None where nobody asks (tests)
 
     def save(self, handle: "Handle") -> None:
         """Leave a handle as the stage's artifact, for which it stands in every process.

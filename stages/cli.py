@@ -104,6 +104,13 @@ Processes = Annotated[
         "--processes", min=1, help="With --launch: how many, over all machines.", show_default=False
     ),
 ]
+AllowChanges = Annotated[
+    bool,
+    typer.Option(
+        "--allow-changes",
+        help="Go on from an interrupted stage even if its configuration is another one now.",
+    ),
+]
 # Overrides with dashes reach `_load`, which says how to write them.
 _LENIENT = {"ignore_unknown_options": True}
 
@@ -144,23 +151,22 @@ def _chain_verb(verb: str) -> Callable[..., None]:
         from_: SourceRuns = None,
         launch: Launch = None,
         processes: Processes = None,
+        allow_changes: AllowChanges = False,
     ) -> None:
         resolved = _load(config, overrides)
-        if not _launched(verb, launch, processes, config, overrides, from_):
-            _run_chain(resolved, from_, only=None if verb == "run" else verb)
+        taken = [text for path in from_ or () for text in ("--from", str(path))]
+        again = [verb, str(config), *(overrides or ()), *taken]
+        if allow_changes:
+            again.append("--allow-changes")
+        if not _launched(launch, processes, again):
+            only = None if verb == "run" else verb
+            _run_chain(resolved, from_, only, allow_changes=allow_changes)
 
     return command
 
 
-def _launched(
-    verb: str,
-    name: str | None,
-    processes: int | None,
-    config: Path,
-    overrides: list[str] | None,
-    sources: list[Path] | None,
-) -> bool:
-    """Whether many processes were asked for; they have done the verb's work then.
+def _launched(name: str | None, processes: int | None, arguments: list[str]) -> bool:
+    """Whether many processes were asked for; they have run `rlhf ARGUMENTS` then.
 
     Raises:
         typer.Exit: they failed, with their exit code.
@@ -171,8 +177,7 @@ def _launched(
         return False
     from pipeline.distributed.launch import launch as launch_processes
 
-    taken = [text for path in sources or () for text in ("--from", str(path))]
-    code = launch_processes(name, processes, [verb, str(config), *(overrides or ()), *taken])
+    code = launch_processes(name, processes, arguments)
     if code:
         raise typer.Exit(code)
     return True
@@ -283,7 +288,9 @@ def _load(path: Path, overrides: list[str] | None) -> "RunConfig":
     return read_config(path, overrides or [], RunConfig)
 
 
-def _run_chain(config: "RunConfig", sources: list[Path] | None, only: str | None) -> None:
+def _run_chain(
+    config: "RunConfig", sources: list[Path] | None, only: str | None, *, allow_changes: bool
+) -> None:
     """Run the stage of the verb `only`, or the chain to its results."""
     from pipeline.chain import Chain
     from stages.config import check_needs
@@ -292,7 +299,9 @@ def _run_chain(config: "RunConfig", sources: list[Path] | None, only: str | None
     stages = needed_stages(config, RESULTS if only is None else (only,))
     check_needs(config, [stage.name for stage in stages])
     console = _console()
-    chain = Chain(config, stages, console, sources or (), predicted_footprint)
+    chain = Chain(
+        config, stages, console, sources or (), predicted_footprint, allow_changes=allow_changes
+    )
     chain.run(only=None if only is None else stages[-1].name)
     console.print(f"Look at the run with: rlhf show {chain.folder.root}", highlight=False)
 

@@ -20,6 +20,7 @@ from pipeline.models.footprint import Footprint, Roles, expected
 from pipeline.models.loading import explain_load_errors, torch_dtype
 from pipeline.models.store import HANDLE, ModelStore, find_artifact
 from pipeline.models.trunk import BaseOrigin, Handle, Role, Trunk
+from pipeline.resume import KEPT_STATES
 from pipeline.runfolder import read_json
 from stages.config import RunConfig
 
@@ -68,8 +69,8 @@ class Rehearsal:
     def ppo(self) -> tuple[Roles, list[nn.Parameter]]:
         """Roles of the PPO stage, and what it trains."""
         from pipeline.rewards import ModelReward
+        from stages.ppo.actor_critic import ActorCritic
         from stages.ppo.models import build_models
-        from stages.ppo.update import ActorCritic
 
         config = self.config
         policy = config.ppo.policy
@@ -206,18 +207,34 @@ def predicted_files(config: RunConfig, stages: Sequence[str]) -> list[Files]:
 def _files(config: RunConfig, stages: Sequence[str]) -> Iterator[Files]:
     rehearsal = Rehearsal(config)
     if "sft" in stages:
-        yield Files("sft", "artifact", _saved(rehearsal.sft()[0]["sft"]))
+        roles, trained = rehearsal.sft()
+        yield Files("sft", "artifact", _saved(roles["sft"]))
+        yield _states("sft", trained, keeps_best=config.sft.keep == "best")
     if "reward" in stages:
-        yield Files("reward", "artifact", _saved(rehearsal.reward()[0]["reward"]))
+        roles, trained = rehearsal.reward()
+        yield Files("reward", "artifact", _saved(roles["reward"]))
+        yield _states("reward", trained, keeps_best=config.reward.keep == "best")
     if not {"ppo", "export"} & set(stages):
         return
-    policy = rehearsal.ppo()[0]["policy"]
-    size = _saved(policy)
+    roles, trained = rehearsal.ppo()
+    size = _saved(roles["policy"])
     if "ppo" in stages:
         yield Files("ppo", "artifact", size)
         yield Files("ppo", "checkpoints: the best policy and the last", 2 * size)
+        if config.ppo.checkpoint_every <= config.ppo.iterations:
+            yield _states("ppo", trained, keeps_best=False)
     if "export" in stages:
         yield from _exported(config, size, tuned_in_full=config.ppo.tuning == "full")
+
+
+def _states(stage: str, trained: Sequence[nn.Parameter], *, keeps_best: bool) -> Files:
+    """States to go on from: weights, AdamW's two moments, and the best weights so far.
+
+    While one is written there is one more than are kept.
+    """
+    size = sum(p.numel() * p.element_size() for p in trained)
+    size *= 4 if keeps_best else 3
+    return Files(stage, "checkpoints: states to go on from", (KEPT_STATES + 1) * size)
 
 
 def _exported(config: RunConfig, policy: int, *, tuned_in_full: bool) -> Iterator[Files]:

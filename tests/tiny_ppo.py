@@ -22,11 +22,12 @@ from pipeline.models.store import ModelStore
 from pipeline.models.trunk import BaseOrigin, Handle, Role, Trunk
 from pipeline.records import Prompt
 from pipeline.rewards import Completions, ModelReward, RewardSource
+from stages.ppo.actor_critic import ActorCritic
 from stages.ppo.config import PpoSection
 from stages.ppo.experience import Experience, appraise
 from stages.ppo.models import Models, build_models
 from stages.ppo.rollout import PromptOrder, Rollout, collect
-from stages.ppo.update import ActorCritic, Updater
+from stages.ppo.update import Updater
 
 TEXTS = [f"the {a} {b} went to the {c}" for a in ("old", "red") for b in ("cat", "dog")
          for c in ("sea", "hill", "town")]  # fmt: skip

@@ -41,8 +41,9 @@ class Program:
         from pipeline.generation import NativeEngine
         from pipeline.models.store import ModelStore
         from pipeline.records import Prompt
+        from stages.ppo.actor_critic import ActorCritic
         from stages.ppo.models import build_models
-        from stages.ppo.update import ActorCritic, Updater
+        from stages.ppo.update import Updater
 
         given = json.loads((folder / "prompts.json").read_text(encoding="utf-8"))
         self.prompt_ids, self.probes = given["prompts"], given["probes"]

@@ -1,11 +1,13 @@
 """The policies kept of a run: the best so far and the last, as artifacts of their own."""
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from pipeline.models import adapters
 from pipeline.models.trunk import Handle
-from pipeline.runfolder import write_manifest
+from pipeline.resume import KEPT_STATES
+from pipeline.runfolder import verify, write_manifest
 from pipeline.stage import Context
 
 
@@ -17,14 +19,39 @@ class Checkpoints:
         self.policy = policy
         self.best: tuple[int, float] | None = None  # iteration, held-out reward
         self.last = -1
+        # The best policies of the states that a run may go on from stay until those go.
+        self.bests_of_states: list[int] = []
 
     def offer(self, iteration: int, held_out_reward: float) -> None:
         """Save the policy if it is the best so far; ties go to the earlier, nearer the start."""
         if self.best is None or held_out_reward > self.best[1]:
             self._save(iteration, held_out_reward)
-            if self.best is not None:
-                self._drop(self.best[0])
-            self.best = (iteration, held_out_reward)
+            replaced, self.best = self.best, (iteration, held_out_reward)
+            if replaced is not None and replaced[0] not in self.bests_of_states:
+                self._drop(replaced[0])
+
+    def belong_to_state(self) -> None:
+        """A state of the run was saved, and the oldest went."""
+        assert self.best is not None
+        before = set(self.bests_of_states)
+        self.bests_of_states = [*self.bests_of_states, self.best[0]][-KEPT_STATES:]
+        for iteration in before - {*self.bests_of_states, self.best[0]}:
+            self._drop(iteration)
+
+    def restore(self, best: tuple[int, float], bests_of_states: Iterable[int]) -> None:
+        """Go back to the best policy of a state; those of no state go.
+
+        `bests_of_states`: the best iteration of each state there is, oldest first.
+
+        Raises:
+            CheckpointError: its folder is missing or damaged.
+        """
+        verify(self._folder(best[0]))
+        self.best, self.bests_of_states = best, list(bests_of_states)
+        kept = {self._folder(iteration) for iteration in self.bests_of_states}
+        for path in self.context.folder.checkpoints.glob("step-*"):
+            if path not in kept and self.context.runtime.is_main:
+                shutil.rmtree(path, ignore_errors=True)
 
     def finish(self, iteration: int, *, keep_best: bool) -> int:
         """Save the last policy, leave the chosen one as the artifact; returns its iteration."""

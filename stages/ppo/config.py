@@ -13,7 +13,6 @@ from pipeline.config import (
     Fraction,
     NonNegative,
     NonNegativeInt,
-    OptimSection,
     Positive,
     PositiveInt,
     Resource,
@@ -21,6 +20,7 @@ from pipeline.config import (
     Tuning,
     VllmSection,
 )
+from pipeline.fit_config import OptimSection
 
 DEFAULT_LEARNING_RATE = {"full": 3e-6, "lora": 3e-5}
 
@@ -248,6 +248,11 @@ class PpoSection(Section):
     optim: PpoOptimSection = Field(PpoOptimSection(), description="Objective and optimiser.")
     stop: StopSection = Field(StopSection(), description="Rules that stop a diverged run.")
     held_out: HeldOutSection = Field(HeldOutSection(), description="Held-out scoring.")
+    checkpoint_every: PositiveInt = Field(
+        10,
+        description="Iterations between two states that an interrupted run goes on from.",
+        json_schema_extra=NOT_IN_KEY,
+    )
     samples: RecordSection = Field(
         RecordSection(), description="Rollouts kept on disk.", json_schema_extra=NOT_IN_KEY
     )

@@ -23,13 +23,15 @@ from pipeline.models.trunk import Handle
 from pipeline.progress import ProgressBar
 from pipeline.records import Prompt
 from pipeline.stage import Context, Summary
+from stages.ppo import state
+from stages.ppo.actor_critic import ActorCritic
 from stages.ppo.checkpoints import Checkpoints
 from stages.ppo.controllers import AdaptiveKl, FixedKl, KlController, StopRules
 from stages.ppo.experience import Experience, appraise, rollout_metrics
 from stages.ppo.models import build_models, open_rewards, open_start
 from stages.ppo.rollout import HELD_OUT_STREAM, TRAINING_STREAM, PromptOrder, Rollout, collect
 from stages.ppo.samples import FixedTexts, SampleFiles
-from stages.ppo.update import ActorCritic, Ragged, Updater, update_metrics
+from stages.ppo.update import Ragged, Updater, update_metrics
 
 HELD_OUT_METRICS = ("score", "reward", "kl", "response_tokens", "eos_rate")
 
@@ -151,12 +153,11 @@ class Training:
 
     def iterate(self) -> Summary:
         """Collect, appraise, update, log; evaluate now and then; stop if the policy diverges."""
-        started = self.evaluate(0)
-        self.context.tracker.log(0, started)
-        metrics, iteration, stopped = started, 0, None
+        done, started, metrics = state.restore(self) or self.start()
+        iteration, stopped = done, None
         shown = self.context.console if self.runtime.is_main else None
         with ProgressBar(shown, "PPO", self.section.iterations) as bar:
-            for iteration in range(1, self.section.iterations + 1):
+            for iteration in range(done + 1, self.section.iterations + 1):
                 clock = [time.perf_counter()]
                 rollout = self.collect(iteration)
                 clock.append(time.perf_counter())
@@ -178,7 +179,15 @@ class Training:
                         f"policy is kept. Raise ppo.kl_coef or lower ppo.optim.learning_rate.[/]"
                     )
                     break
+                if iteration % self.section.checkpoint_every == 0:
+                    state.save(self, state.Reached(iteration, started, metrics))
         return self.finish(started, metrics, iteration, stopped)
+
+    def start(self) -> state.Reached:
+        """Evaluate and log the policy that the run starts from."""
+        started = self.evaluate(0)
+        self.context.tracker.log(0, started)
+        return state.Reached(0, started, started)
 
     def collect(self, iteration: int) -> Rollout:
         """Sample and score this process's share of the iteration's prompts."""

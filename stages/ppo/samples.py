@@ -51,6 +51,25 @@ class SampleFiles:
         self.number = 0
         self.table = SCHEMA.empty_table()
 
+    def state(self) -> dict[str, int]:
+        """How much has been written: full files, and rows of the newest."""
+        return {"number": self.number, "rows": self.table.num_rows}
+
+    def restore(self, number: int, rows: int) -> None:
+        """Go back to where `state` was: what was written later goes."""
+        self.number, newest = number, self._path(number)
+        if rows:
+            self.table = pq.read_table(newest, schema=SCHEMA).slice(0, rows)
+        else:
+            newest.unlink(missing_ok=True)
+        later = number + 1
+        while self._path(later).exists():
+            self._path(later).unlink()
+            later += 1
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"{self.prefix}-{number:05d}.parquet"
+
     def write(self, experience: Experience, iteration: int) -> None:
         """Add one iteration's rollouts."""
         rows = pa.Table.from_pylist(sample_rows(experience, iteration, self.codec), SCHEMA)
@@ -58,8 +77,7 @@ class SampleFiles:
         while self.table.num_rows:
             stream = io.BytesIO()
             pq.write_table(self.table.slice(0, self.rows_per_file), stream, compression="zstd")
-            name = f"{self.prefix}-{self.number:05d}.parquet"
-            write_bytes_atomic(self.folder / name, stream.getvalue())
+            write_bytes_atomic(self._path(self.number), stream.getvalue())
             if self.table.num_rows < self.rows_per_file:
                 return
             self.number += 1
@@ -109,6 +127,11 @@ class FixedTexts:
         self.codec = codec
         self.count = count
         self.lines: list[str] = []
+
+    def restore(self, count: int) -> None:
+        """Go back to the first `count` lines."""
+        lines = self.path.read_text(encoding="utf-8").splitlines(True) if count else []
+        self.lines = lines[:count]
 
     def write(self, rollout: Rollout, iteration: int) -> None:
         """Add the answers to the first `count` held-out prompts."""

@@ -6,7 +6,7 @@ with one forward; what is trainable is fixed before it is wrapped. Their gradien
 apart: a large value error never shrinks the policy's step.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 
@@ -17,59 +17,16 @@ from torch import Tensor, nn
 from pipeline.batches import TokenBatch, micro_batches
 from pipeline.distributed import Runtime
 from pipeline.errors import TrainingError
-from pipeline.models.trunk import Handle, Trunk, TrunkOutput
 from pipeline.out_of_memory import halving, release_freed_memory
+from pipeline.resume import restore_training_tensors, training_tensors
 from pipeline.tensors import masked_sum
+from stages.ppo.actor_critic import ActorCritic
 from stages.ppo.config import PpoOptimSection
 from stages.ppo.controllers import schedule_factor
 from stages.ppo.experience import Experience
 from stages.ppo.losses import SUMS, losses, together
-from stages.ppo.rollout import shares_trunk
 
 Ragged = tuple[list[int], list[int]]  # prompt ids, response ids
-
-
-class ActorCritic(nn.Module):
-    """Policy and value model as one module with one forward, for one optimiser.
-
-    They are two adapters of one trunk, two trunks, or one trunk and adapter with a value head; in
-    the last case one pass serves both. Dropout stays off: log-probs must be those of the rollout.
-    """
-
-    def __init__(self, policy: Handle, value: Handle) -> None:
-        super().__init__()
-        self.policy, self.value = policy, value
-        self.shared = shares_trunk(policy, value)
-        self.trunks = nn.ModuleList(self.distinct_trunks())
-        for trunk in self.distinct_trunks():
-            trunk.freeze()
-        for parameter in (*self.policy_parameters(), *self.value_parameters()):
-            parameter.requires_grad_(True)
-
-    def distinct_trunks(self) -> list[Trunk]:
-        """One or two trunks, each once: wrappers and optimisers see every weight once."""
-        return list({id(h.trunk): h.trunk for h in (self.policy, self.value)}.values())
-
-    def policy_parameters(self) -> list[nn.Parameter]:
-        """The policy's adapter, or all its weights."""
-        return self.policy.parameters()
-
-    def value_parameters(self) -> list[nn.Parameter]:
-        """The value model's weights that are not the policy's."""
-        policy = {id(parameter) for parameter in self.policy_parameters()}
-        return [p for p in self.value.parameters() if id(p) not in policy]
-
-    def forward(
-        self, batch: TokenBatch, want: Collection[str], temperature: float = 1.0
-    ) -> TrunkOutput:
-        """`want` of logprobs, entropy (policy) and values (value model), (B, R) each."""
-        if self.shared:
-            return self.value(batch, want, temperature)
-        policy_wants = [name for name in want if name != "values"]
-        out = self.policy(batch, policy_wants, temperature) if policy_wants else TrunkOutput()
-        if "values" in want:
-            out.values = self.value(batch, ["values"]).values
-        return out
 
 
 @dataclass(frozen=True)
@@ -186,6 +143,20 @@ class Updater:
                         parameter.grad = torch.zeros_like(parameter)
                     else:
                         parameter.grad.zero_()
+
+    def state(self) -> dict[str, Tensor]:
+        """What training changes: weights, and the optimiser's numbers of each."""
+        return training_tensors(self._trained(), self.optimiser)
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go back to a `state`."""
+        restore_training_tensors(tensors, self._trained(), self.optimiser)
+
+    def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        trained = {id(p) for parameters in self.groups.values() for p in parameters}
+        for name, parameter in self.runtime.unwrap(self.module).named_parameters():
+            if id(parameter) in trained:
+                yield name, parameter
 
     def learning_rates(self) -> dict[str, float]:
         """The current learning rate of each group, as metrics."""

@@ -4,15 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.config import (
-    FitSection,
-    NonNegative,
-    OptimSection,
-    Positive,
-    PositiveInt,
-    Section,
-    Tuning,
-)
+from pipeline.config import NonNegative, Positive, PositiveInt, Section, Tuning
+from pipeline.fit_config import FitSection, OptimSection
 
 
 class RewardOptimSection(OptimSection):

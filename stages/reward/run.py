@@ -20,13 +20,14 @@ import torch
 
 from pipeline.errors import DataError, TrainingError
 from pipeline.generation import LocalEngine, Sampling
-from pipeline.hf_trainer import FitSummary, MeasuredMemory
+from pipeline.hf_trainer import FitSummary
 from pipeline.models.heads import ScalarHead
 from pipeline.models.trunk import Handle
 from pipeline.records import Prompt, PromptText, Ranking
 from pipeline.rewards import Completions, ModelReward
 from pipeline.runfolder import write_json_atomic
 from pipeline.stage import Context, Summary
+from pipeline.trainer_callbacks import MeasuredMemory
 from stages.reward.calibration import calibration_report, scored_pairs
 from stages.reward.rankings import EncodedRanking, RankingRows, count_indistinct, encode_rankings
 from stages.reward.trainer import RankingTrainer
@@ -159,6 +160,7 @@ def train_handle(
         RankingRows(held_out, pad_id) if held_out else None,
         context.tracker.log,
         context.console,
+        context.states,
     )
     roles = {"reward": handle} if sft is None else {"sft": sft, "reward": handle}
     trainer.add_callback(MeasuredMemory(roles, context.folder.memory_json))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pipeline.config import RunSection
 from pipeline.hf_trainer import PlannedTrainer
 from pipeline.models.trunk import Handle
+from pipeline.resume import States
 from pipeline.tensors import scatter
 from stages.reward.config import RewardSection
 from stages.reward.loss import count_correct, pairwise_loss, plackett_luce_loss, rating_margins
@@ -30,6 +31,7 @@ class RankingTrainer(PlannedTrainer):
         folder: an existing folder; nothing is written there.
         train, held_out: rankings to train on and to evaluate on.
         log: receives (step, metrics).
+        states: where to leave states to go on from; None leaves none.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class RankingTrainer(PlannedTrainer):
         held_out: RankingRows | None,
         log: Callable[[int, dict[str, float]], None],
         console: Console | None = None,
+        states: States | None = None,
     ) -> None:
         self.role = handle.role
         self.section = section
@@ -55,6 +58,7 @@ class RankingTrainer(PlannedTrainer):
             log,
             console=console,
             title="reward model",
+            states=states,
         )
 
     def loss_sum(self, model: nn.Module, batch: RankingBatch) -> Tensor:

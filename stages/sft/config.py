@@ -4,7 +4,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from pipeline.config import FitSection, Fraction, OptimSection, Positive, Tuning
+from pipeline.config import Fraction, Positive, Tuning
+from pipeline.fit_config import FitSection, OptimSection
 
 
 class SftOptimSection(OptimSection):

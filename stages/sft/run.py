@@ -12,10 +12,11 @@ from typing import Any
 
 from pipeline.codec import PLAIN_CHAT_TEMPLATE, Codec
 from pipeline.errors import DataError
-from pipeline.hf_trainer import FitSummary, MeasuredMemory
+from pipeline.hf_trainer import FitSummary
 from pipeline.models.trunk import Handle
 from pipeline.records import Demonstration, PromptText
 from pipeline.stage import Context, Summary
+from pipeline.trainer_callbacks import MeasuredMemory
 from stages.sft.trainer import DemonstrationRows, SftTrainer
 
 
@@ -116,6 +117,7 @@ def train_handle(
         log=context.tracker.log,
         console=context.console,
         title="SFT",
+        states=context.states,
     )
     roles = {"sft": handle}
     if handle.role.adapter is not None:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pipeline.batches import TokenBatch
-from pipeline.config import FitSection
+from pipeline.fit_config import FitSection
 from pipeline.hf_trainer import PlannedTrainer
 from pipeline.models.trunk import Role, Trunk
 

@@ -164,3 +164,35 @@ def children(pid: int) -> list[int]:
 def rank_of(pid: int) -> int:
     variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
     return next(int(v.removeprefix(b"RANK=")) for v in variables if v.startswith(b"RANK="))
+
+
+@pytest.mark.slow
+def test_two_killed_processes_go_on_as_if_they_had_not_been(tmp_path):
+    (tmp_path / "c.yaml").write_text(CONFIG)
+    form = [*FORMS["lora"], "ppo.checkpoint_every=1", "model.dtype=float32"]
+    two = ["--launch", "cpu2"]
+    for stage in ("sft", "reward"):
+        made = rlhf(tmp_path, stage, "c.yaml", *form, "run.name=parents", *two)
+        assert made.returncode == 0, made.stdout + made.stderr
+    ppo = ["ppo", "c.yaml", *form, "--from", "runs/parents"]
+    assert rlhf(tmp_path, *ppo, "run.name=whole", *two).returncode == 0
+    killing = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    killing += ["-m", "tests.killing", "stages.ppo.run:Training.update", "3"]
+    for name in ("two", "alone"):
+        arguments = [*ppo, f"run.name={name}", "run.device=cpu"]
+        subprocess.run(
+            [*killing, *arguments], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, timeout=120
+        )
+    done = rlhf(tmp_path, *ppo, "run.name=two", *two)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "going on after step 2" in done.stdout
+    for path in sorted((tmp_path / "runs/whole/ppo").rglob("*")):
+        if path.suffix in (".safetensors", ".parquet"):
+            other = tmp_path / "runs/two/ppo" / path.relative_to(tmp_path / "runs/whole/ppo")
+            assert other.read_bytes() == path.read_bytes(), path.name
+    # What two left, one takes up: not bit for bit, and it says so.
+    done = rlhf(tmp_path, *ppo, "run.name=alone")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "going on after step 2" in done.stdout
+    assert "the state is of another number of processes" in done.stdout
+    assert [row["step"] for row in rows(tmp_path / "runs/alone/ppo/metrics.jsonl")] == [0, 1, 2, 3]

@@ -60,11 +60,19 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     class FakeChain:
         def __init__(
-            self, config: Any, stages: Any, console: Any, sources: Any, predict: Any
+            self,
+            config: Any,
+            stages: Any,
+            console: Any,
+            sources: Any,
+            predict: Any,
+            allow_changes: bool,
         ) -> None:
             assert callable(predict)
             names = [stage.name for stage in stages]
-            self.call = SimpleNamespace(config=config, stages=names, sources=list(sources))
+            self.call = SimpleNamespace(
+                config=config, stages=names, sources=list(sources), allow_changes=allow_changes
+            )
             self.folder = SimpleNamespace(root=Path("runs/made"))
 
         def run(self, only: str | None = None) -> None:

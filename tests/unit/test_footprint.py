@@ -148,13 +148,18 @@ def test_disk_by_hand() -> None:
     stages = ["sft", "reward", "ppo", "evaluation", "export"]
     assert predicted_files(config(), stages) == [
         Files("sft", "artifact", TRAINED),
+        # Two that are kept and one that is written: each the weights, two moments, and the best.
+        Files("sft", "checkpoints: states to go on from", 3 * 4 * TRAINED),
         Files("reward", "artifact", ADAPTER + HEAD),
+        Files("reward", "checkpoints: states to go on from", 3 * 4 * (ADAPTER + HEAD_TRAINED)),
         Files("ppo", "artifact", ADAPTER),
         Files("ppo", "checkpoints: the best policy and the last", 2 * ADAPTER),
+        Files("ppo", "checkpoints: states to go on from", 3 * 3 * (2 * ADAPTER + HEAD_TRAINED)),
         Files("export", "adapter/", ADAPTER),
         Files("export", "base/", TRAINED),  # the SFT model, which only this run has
     ]
-    assert predicted_files(config(tuning="full"), ["ppo", "export"]) == [
+    # No state is left where none is due.
+    assert predicted_files(config(tuning="full", checkpoint_every=101), ["ppo", "export"]) == [
         Files("ppo", "artifact", TRAINED),
         Files("ppo", "checkpoints: the best policy and the last", 2 * TRAINED),
         Files("export", "merged/", TRAINED),

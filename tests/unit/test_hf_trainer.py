@@ -16,9 +16,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.config import FitSection, OptimSection, RunSection
+from pipeline.config import RunSection
 from pipeline.errors import TrainingError
 from pipeline.fence import fenced
+from pipeline.fit_config import FitSection, OptimSection
 from pipeline.hf_trainer import FitSummary, PlannedTrainer
 from pipeline.row_order import plan_steps
 

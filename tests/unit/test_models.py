@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from pipeline.batches import TokenBatch
-from pipeline.config import FitSection, LoraSection
+from pipeline.config import LoraSection
 from pipeline.errors import ModelError
+from pipeline.fit_config import FitSection
 from pipeline.models import adapters
 from pipeline.models.heads import ScalarHead
 from pipeline.models.joiner import DecoderJoiner

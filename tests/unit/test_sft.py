@@ -19,12 +19,12 @@ from pipeline.config import (
     DataSection,
     LoraSection,
     ModelSection,
-    OptimSection,
     RunSection,
 )
 from pipeline.distributed import Runtime
 from pipeline.errors import ModelError
 from pipeline.fence import fenced
+from pipeline.fit_config import OptimSection
 from pipeline.hf_trainer import FitSummary
 from pipeline.models.adapters import add_adapter, lora_config
 from pipeline.models.lean_layers import slim

@@ -1,0 +1,244 @@
+"""States that a training goes on from: tensors and numbers, saved whole or not at all.
+
+`checkpoints/state-N/` is what step N left: `run.safetensors` and `run.json` of the run, a pair
+`rank-R` of each process, and a manifest, written last. There is no pickle in it.
+"""
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from pipeline.errors import CheckpointError, PipelineError
+from pipeline.runfolder import (
+    Manifest,
+    read_json,
+    read_manifest,
+    verify,
+    write_manifest,
+    write_text_atomic,
+    writing,
+)
+
+if TYPE_CHECKING:
+    from pipeline.distributed import Runtime
+    from pipeline.runfolder import StageFolder
+
+PREFIX = "state-"
+KEPT_STATES = 2
+
+
+@dataclass(frozen=True)
+class State:
+    """Named tensors, and what JSON can hold."""
+
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    numbers: Mapping[str, Any] = field(default_factory=dict)
+
+    def write(self, stem: Path) -> None:
+        """Leave `STEM.safetensors` and `STEM.json`."""
+        from safetensors.torch import save_file
+
+        plain = {name: x.detach().cpu().contiguous() for name, x in self.tensors.items()}
+        save_file(plain, stem.with_suffix(".safetensors"))
+        # Python's JSON: numbers come back bit for bit, and so do infinities.
+        write_text_atomic(stem.with_suffix(".json"), json.dumps(dict(self.numbers)))
+
+    @classmethod
+    def read(cls, stem: Path) -> "State":
+        """What `write` left."""
+        from safetensors.torch import load_file
+
+        return cls(
+            load_file(stem.with_suffix(".safetensors")), read_json(stem.with_suffix(".json"))
+        )
+
+    @property
+    def size(self) -> int:
+        """Bytes of the tensors."""
+        return sum(x.numel() * x.element_size() for x in self.tensors.values())
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """The state that a training goes on from; `own` is None if it was of other processes."""
+
+    step: int
+    run: State
+    own: State | None
+
+
+class States:
+    """The states of one training: the newest `KEPT_STATES` of them."""
+
+    def __init__(
+        self, stage: "StageFolder", key: str, material: Mapping[str, Any], runtime: "Runtime"
+    ) -> None:
+        self.folder, self.metrics_jsonl = stage.checkpoints, stage.metrics_jsonl
+        self.stage, self.key, self.material = stage.root.name, key, material
+        self.runtime = runtime
+
+    def save(self, step: int, run: State, own: State) -> None:
+        """Leave the state of a step: `run` by the main process, `own` by each.
+
+        Older states go when this one is complete.
+
+        Raises:
+            PipelineError: no room; older states are intact.
+        """
+        folder = self.folder / f"{PREFIX}{step}"
+        self.runtime.from_main(lambda: self._begin(folder))
+        try:
+            with writing(folder):
+                if self.runtime.is_main:
+                    run.write(folder / "run")
+                own.write(folder / f"rank-{self.runtime.rank}")
+            self.runtime.barrier()
+            self.runtime.from_main(lambda: self._complete(folder, step))
+        except PipelineError as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            needed = (run.size + own.size) / 2**20
+            raise PipelineError(f"{error} This checkpoint needs {needed:,.1f} MiB.") from error
+
+    def newest(self, console: Console) -> Resumed | None:
+        """The newest state whose files are all there and unchanged, or None.
+
+        A damaged one is named, and the one before it is taken. What was logged after it is cut off
+        metrics.jsonl; trackers keep theirs.
+        """
+        step = self.runtime.from_main(lambda: self._newest_whole(console))
+        if step is None:
+            return None
+        folder = self.folder / f"{PREFIX}{step}"
+        ranks = len(list(folder.glob("rank-*.json")))
+        own = None
+        if ranks == self.runtime.world_size:
+            own = State.read(folder / f"rank-{self.runtime.rank}")
+        return Resumed(step, State.read(folder / "run"), own)
+
+    def kept(self) -> list[State]:
+        """What the main process left of each state that is complete, the newest first."""
+        return [State.read(folder / "run") for _, folder in complete_states(self.folder)]
+
+    def _begin(self, folder: Path) -> None:
+        with writing(folder):
+            if folder.exists():
+                shutil.rmtree(folder)
+            folder.mkdir(parents=True)
+
+    def _complete(self, folder: Path, step: int) -> None:
+        write_manifest(
+            folder,
+            stage=self.stage,
+            key=self.key,
+            material=self.material,
+            summary={"step": step, "processes": self.runtime.world_size, "metrics": self._logged()},
+            seconds=0.0,
+        )
+        for _, old in complete_states(self.folder)[KEPT_STATES:]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def _newest_whole(self, console: Console) -> int | None:
+        for step, folder in complete_states(self.folder):
+            try:
+                manifest = verify(folder)
+            except CheckpointError as error:
+                console.print(f"[yellow]{error}: going on from an older state[/]")
+                continue
+            if self.metrics_jsonl.exists():
+                with writing(self.metrics_jsonl):
+                    os.truncate(self.metrics_jsonl, manifest.summary["metrics"])
+            return step
+        return None
+
+    def _logged(self) -> int:
+        """Bytes of metrics.jsonl."""
+        return self.metrics_jsonl.stat().st_size if self.metrics_jsonl.exists() else 0
+
+
+def complete_states(checkpoints: Path) -> list[tuple[int, Path]]:
+    """Step and folder of each state with a manifest, newest first."""
+    found = [
+        (int(path.name.removeprefix(PREFIX)), path)
+        for path in checkpoints.glob(f"{PREFIX}[0-9]*")
+        if path.name.removeprefix(PREFIX).isdigit() and _has_manifest(path)
+    ]
+    return sorted(found, reverse=True)
+
+
+def newest_manifest(checkpoints: Path) -> Manifest | None:
+    """The manifest of the newest complete state, or None."""
+    states = complete_states(checkpoints)
+    return read_manifest(states[0][1]) if states else None
+
+
+def _has_manifest(folder: Path) -> bool:
+    try:
+        return read_manifest(folder) is not None
+    except CheckpointError:
+        return False
+
+
+# --- what an optimiser trains ---
+
+
+def training_tensors(
+    trained: Iterable[tuple[str, nn.Parameter]], optimiser: Any
+) -> dict[str, Tensor]:
+    """Weights by name, and the optimiser's numbers of each."""
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in trained:
+        tensors[f"weights/{name}"] = parameter
+        for what, value in optimiser.state[parameter].items():
+            tensors[f"{what}/{name}"] = value
+    return tensors
+
+
+@torch.no_grad()
+def restore_training_tensors(
+    tensors: Mapping[str, Tensor], trained: Iterable[tuple[str, nn.Parameter]], optimiser: Any
+) -> None:
+    """Set weights and the optimiser's numbers to what `training_tensors` found."""
+    numbers = {key.split("/", 1)[0] for key in tensors} - {"weights"}
+    for name, parameter in trained:
+        parameter.copy_(tensors[f"weights/{name}"])
+        optimiser.state[parameter] = {
+            what: tensors[f"{what}/{name}"].to(parameter.device)
+            for what in numbers
+            if f"{what}/{name}" in tensors
+        }
+
+
+# --- random numbers ---
+
+
+def random_state() -> State:
+    """The states of Python's, numpy's and torch's global generators."""
+    tensors = {"torch": torch.get_rng_state()}
+    for index in range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0):
+        tensors[f"cuda:{index}"] = torch.cuda.get_rng_state(index)
+    numpy: Any = np.random.get_state(legacy=False)
+    numpy["state"]["key"] = numpy["state"]["key"].tolist()
+    return State(tensors, {"python": random.getstate(), "numpy": numpy})
+
+
+def restore_random(state: State) -> None:
+    """Set the global generators to what `random_state` found."""
+    torch.set_rng_state(state.tensors["torch"])
+    for name, value in state.tensors.items():
+        if name.startswith("cuda:"):
+            torch.cuda.set_rng_state(value, torch.device(name))
+    numpy = state.numbers["numpy"]
+    key = np.array(numpy["state"]["key"], dtype=np.uint32)
+    np.random.set_state(numpy | {"state": numpy["state"] | {"key": key}})
+    version, internal, gauss = state.numbers["python"]
+    random.setstate((version, tuple(internal), gauss))

@@ -1,0 +1,52 @@
+"""Policy and value model as one module: what is trained, and what many processes wrap."""
+
+from collections.abc import Collection
+
+from torch import nn
+
+from pipeline.batches import TokenBatch
+from pipeline.models.trunk import Handle, Trunk, TrunkOutput
+from stages.ppo.rollout import shares_trunk
+
+
+class ActorCritic(nn.Module):
+    """Policy and value model as one module with one forward, for one optimiser.
+
+    They are two adapters of one trunk, two trunks, or one trunk and adapter with a value head; in
+    the last case one pass serves both. Dropout stays off: log-probs must be those of the rollout.
+    """
+
+    def __init__(self, policy: Handle, value: Handle) -> None:
+        super().__init__()
+        self.policy, self.value = policy, value
+        self.shared = shares_trunk(policy, value)
+        self.trunks = nn.ModuleList(self.distinct_trunks())
+        for trunk in self.distinct_trunks():
+            trunk.freeze()
+        for parameter in (*self.policy_parameters(), *self.value_parameters()):
+            parameter.requires_grad_(True)
+
+    def distinct_trunks(self) -> list[Trunk]:
+        """One or two trunks, each once: wrappers and optimisers see every weight once."""
+        return list({id(h.trunk): h.trunk for h in (self.policy, self.value)}.values())
+
+    def policy_parameters(self) -> list[nn.Parameter]:
+        """The policy's adapter, or all its weights."""
+        return self.policy.parameters()
+
+    def value_parameters(self) -> list[nn.Parameter]:
+        """The value model's weights that are not the policy's."""
+        policy = {id(parameter) for parameter in self.policy_parameters()}
+        return [p for p in self.value.parameters() if id(p) not in policy]
+
+    def forward(
+        self, batch: TokenBatch, want: Collection[str], temperature: float = 1.0
+    ) -> TrunkOutput:
+        """`want` of logprobs, entropy (policy) and values (value model), (B, R) each."""
+        if self.shared:
+            return self.value(batch, want, temperature)
+        policy_wants = [name for name in want if name != "values"]
+        out = self.policy(batch, policy_wants, temperature) if policy_wants else TrunkOutput()
+        if "values" in want:
+            out.values = self.value(batch, ["values"]).values
+        return out

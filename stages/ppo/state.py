@@ -1,0 +1,80 @@
+"""What a PPO run goes on from: the state of everything that an iteration leaves to the next.
+
+What is drawn at random follows from the seed and the iteration's number, and needs no state; the
+global generators are kept for rewards that users write.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pipeline.resume import State, random_state, restore_random
+
+if TYPE_CHECKING:
+    from stages.ppo.run import Training
+
+Metrics = Mapping[str, float]
+
+
+class Reached(NamedTuple):
+    """Where a run stands: iterations done, and the metrics of its start and of the last."""
+
+    iteration: int
+    started: Metrics
+    ended: Metrics
+
+
+def save(training: "Training", reached: Reached) -> None:
+    """Save the state after an iteration, its metrics and samples written."""
+    states = training.context.states
+    if states is None:
+        return
+    numbers = {
+        "started": dict(reached.started),
+        "ended": dict(reached.ended),
+        "kl_coef": training.kl.coef,
+        "stop_rules": {name: asdict(training.stop_rules)[name] for name in ("first", "broken")},
+        "best": training.checkpoints.best,
+        "texts": len(training.texts.lines),
+    }
+    random = random_state()
+    own: dict[str, Any] = {**random.numbers}
+    if training.samples is not None:
+        own["samples"] = training.samples.state()
+    run = State(training.updater.state(), numbers)
+    states.save(reached.iteration, run, State(random.tensors, own))
+    training.checkpoints.belong_to_state()
+
+
+def restore(training: "Training") -> Reached | None:
+    """Go back to the newest state, if there is one.
+
+    Raises:
+        CheckpointError: the best policy of that state is damaged.
+    """
+    context = training.context
+    if context.states is None:
+        return None
+    found = context.states.newest(context.console)
+    if found is None:
+        return None
+    numbers = found.run.numbers
+    training.updater.restore(found.run.tensors)
+    training.kl.coef = numbers["kl_coef"]
+    for name, value in numbers["stop_rules"].items():
+        setattr(training.stop_rules, name, value)
+    iteration, reward = numbers["best"]
+    bests = [kept.numbers["best"][0] for kept in reversed(context.states.kept())]
+    training.checkpoints.restore((iteration, reward), bests)
+    if training.runtime.is_main:
+        training.texts.restore(numbers["texts"])
+    if found.own is None:
+        context.console.print(
+            "[yellow]the state is of another number of processes: the run goes on from it, but not "
+            "bit for bit as it would have[/]"
+        )
+    else:
+        restore_random(found.own)
+        if training.samples is not None:
+            training.samples.restore(**found.own.numbers["samples"])
+    return Reached(found.step, numbers["started"], numbers["ended"])

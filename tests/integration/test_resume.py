@@ -1,0 +1,278 @@
+"""Runs that are killed and started again, against the run that was never killed: bit for bit."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.runfolder import MANIFEST
+
+ROOT = Path(__file__).parents[2]
+CONFIG = f"""
+run: {{name: whole, trackers: [], device: cpu}}
+model:
+  init: config
+  vocabulary_size: 400
+  architecture:
+    {{hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, intermediate_size: 64,
+      max_position_embeddings: 128}}
+lora: {{rank: 4, alpha: 8}}
+data:
+  demonstrations: {{path: "{ROOT}/data/quickstart/demonstrations.jsonl", limit: 60}}
+  rankings: {{path: "{ROOT}/data/quickstart/rankings.jsonl", limit: 40}}
+  prompts: {{path: "{ROOT}/data/quickstart/prompts.jsonl", limit: 60}}
+  held_out_fraction: 0.25
+  max_prompt_tokens: 96
+  max_response_tokens: 24
+sft:
+  {{max_steps: 12, batch_size: 5, checkpoint_every: 3, log_every: 1, eval_every: 2,
+    optim: {{learning_rate: 5.0e-3, schedule: cosine, warmup_fraction: 0.3}}}}
+reward:
+  {{max_steps: 8, batch_size: 5, checkpoint_every: 2, log_every: 3, eval_every: 1, patience: 3,
+    optim: {{learning_rate: 2.0e-2}}, normalisation: {{num_samples: 7}}}}
+ppo:
+  iterations: 6
+  checkpoint_every: 2
+  rollout: {{prompts_per_iteration: 6, max_new_tokens: 12}}
+  kl: {{controller: adaptive}}
+  optim:
+    {{learning_rate: 2.0e-2, ppo_epochs: 2, minibatches: 2, ptx_coef: 0.1, entropy_coef: 0.01,
+      warmup_fraction: 0.3, value_warmup_iterations: 1}}
+  held_out: {{every: 1, num_prompts: 5}}
+  samples: {{rows_per_file: 10}}
+evaluation: {{prompts: 4, max_new_tokens: 4}}
+"""
+FORMS = {
+    "lora": ["ppo.tuning=lora", "ppo.value=separate"],
+    "full": ["ppo.tuning=full", "ppo.value=separate"],
+    "shared": ["ppo.tuning=lora", "ppo.value=shared"],
+}
+UPDATE = "stages.ppo.run:Training.update"
+COMPLETE, TENSORS = "pipeline.resume:write_manifest", "pipeline.resume:State.write"
+TIMES = ("seconds", "per_second")
+FINISH = "stages.ppo.checkpoints:Checkpoints.finish"
+
+
+def start(
+    folder: Path, *arguments: str, kill: tuple[str, int] | None = None, stage: str = "ppo"
+) -> subprocess.CompletedProcess[str]:
+    module = ["tests.killing", kill[0], str(kill[1])] if kill else ["stages"]
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "200"
+    }  # fmt: skip
+    return subprocess.run(
+        [sys.executable, "-m", *module, stage, "c.yaml", *arguments],
+        cwd=folder, env=environment, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with the finished SFT and reward model that all runs take over."""
+    folder = tmp_path_factory.mktemp("resume")
+    (folder / "c.yaml").write_text(CONFIG)
+    for stage in ("sft", "reward"):
+        done = start(folder, "run.name=parents", stage=stage)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(folder):
+    """Where the run of a form lies that nobody killed."""
+    made: dict[str, Path] = {}
+
+    def make(form: str) -> Path:
+        if form not in made:
+            done = start(folder, *FORMS[form], f"run.name=whole-{form}", "--from", "runs/parents")
+            assert done.returncode == 0, done.stdout + done.stderr
+            made[form] = folder / f"runs/whole-{form}/ppo"
+        return made[form]
+
+    return make
+
+
+def assert_same(run: Path, whole: Path) -> None:
+    def metrics(path: Path) -> list[dict]:
+        rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+        return [{k: v for k, v in row.items() if not any(t in k for t in TIMES)} for row in rows]
+
+    assert metrics(run) == metrics(whole)
+    names = {p.relative_to(whole) for p in whole.rglob("*") if p.is_file()}
+    assert names == {p.relative_to(run) for p in run.rglob("*") if p.is_file()}
+    same = [n for n in names if n.suffix in (".safetensors", ".parquet") or n.stem == "texts"]
+    assert len(same) >= 1
+    for name in same:
+        assert (run / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+@pytest.mark.parametrize(
+    ("form", "place", "nth", "step"),
+    [
+        pytest.param("lora", UPDATE, 2, None, marks=pytest.mark.slow),  # there was no state yet
+        ("lora", UPDATE, 4, 2),
+        # In writing the second state: the pair of the run, that of the process, the manifest.
+        pytest.param("lora", TENSORS, 3, 2, marks=pytest.mark.slow),
+        pytest.param("lora", TENSORS, 4, 2, marks=pytest.mark.slow),
+        ("lora", COMPLETE, 2, 2),
+        pytest.param("lora", FINISH, 1, 6, marks=pytest.mark.slow),
+        pytest.param("full", UPDATE, 5, 4, marks=pytest.mark.slow),
+        pytest.param("shared", UPDATE, 5, 4, marks=pytest.mark.slow),
+    ],
+)
+def test_a_killed_run_goes_on_as_if_it_had_not_been(folder, whole, form, place, nth, step):
+    arguments = [*FORMS[form], f"run.name=k-{form}-{place[-9:].replace(':', '.')}-{nth}"]
+    arguments += ["--from", "runs/parents"]
+    killed = start(folder, *arguments, kill=(place, nth))
+    assert killed.returncode == -signal.SIGKILL, killed.stdout + killed.stderr
+    done = start(folder, *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert ("going on after step" in done.stdout) == (step is not None)
+    if step is not None:
+        assert f"going on after step {step}\n" in done.stdout
+    assert_same(folder / "runs" / arguments[2].removeprefix("run.name=") / "ppo", whole(form))
+
+
+STEP = "pipeline.hf_trainer:PlannedTrainer.training_step"
+STORED = "pipeline.models.store:ModelStore.save"
+
+
+@pytest.mark.parametrize(
+    ("stage", "place", "nth", "step"),
+    [
+        ("sft", STEP, 8, 6),
+        pytest.param("sft", TENSORS, 3, 3, marks=pytest.mark.slow),
+        pytest.param("sft", STORED, 1, 9, marks=pytest.mark.slow),
+        ("reward", STEP, 6, 4),
+        pytest.param("reward", COMPLETE, 2, 2, marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize("tuning", ["full", pytest.param("lora", marks=pytest.mark.slow)])
+def test_killed_training_goes_on_as_if_it_had_not_been(folder, stage, tuning, place, nth, step):
+    name = f"{stage}-{tuning}-{place[-9:].replace(':', '.')}-{nth}"
+    arguments = ["--from", "runs/parents"]
+    if stage == "sft":  # in another run than the parents', whose seed is 1
+        arguments = ["run.seed=2"]
+        if tuning == "lora":
+            base = "model.path=runs/parents/sft/artifact/model"
+            arguments += ["sft.tuning=lora", "model.init=pretrained", base]
+    else:
+        arguments += [f"reward.tuning={tuning}", "reward.optim.learning_rate=0.01"]
+    whole = start(folder, f"run.name=whole-{stage}-{tuning}", *arguments, stage=stage)
+    assert whole.returncode == 0, whole.stdout + whole.stderr
+    killed = start(folder, f"run.name={name}", *arguments, kill=(place, nth), stage=stage)
+    assert killed.returncode == -signal.SIGKILL, killed.stdout + killed.stderr
+    done = start(folder, f"run.name={name}", *arguments, stage=stage)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"going on after step {step}\n" in done.stdout
+    assert_same(folder / f"runs/{name}/{stage}", folder / f"runs/whole-{stage}-{tuning}/{stage}")
+
+
+@pytest.fixture
+def killed(folder, whole):
+    """A run with states of steps 2 and 4, and how to start it again."""
+    template = folder / "runs/killed-template"
+    arguments = [*FORMS["lora"], "run.name=killed-template", "--from", "runs/parents"]
+    if not template.exists():
+        start(folder, *arguments, kill=(UPDATE, 6))
+    assert {p.name for p in (template / "ppo/checkpoints").glob("state-*")} == {
+        "state-2",
+        "state-4",
+    }
+    run = folder / "runs/killed"
+    shutil.rmtree(run, ignore_errors=True)
+    shutil.copytree(template, run)
+    arguments[2] = "run.name=killed"
+    return run / "ppo", lambda *more: start(folder, *arguments, *more)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "run.safetensors",
+        pytest.param("run.json", marks=pytest.mark.slow),
+        pytest.param("rank-0.json", marks=pytest.mark.slow),
+    ],
+)
+def test_a_damaged_state_is_named_and_the_one_before_it_taken(killed, whole, name):
+    run, again = killed
+    path = run / "checkpoints/state-4" / name
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    done = again()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{path.relative_to(run.parents[2])} is damaged" in done.stdout
+    assert_same(run, whole("lora"))
+
+
+@pytest.mark.slow
+def test_a_truncated_manifest_is_no_state(killed, whole):
+    run, again = killed
+    path = run / "checkpoints/state-4" / MANIFEST
+    path.write_bytes(path.read_bytes()[:100])
+    done = again()
+    assert "going on after step 2\n" in done.stdout
+    assert_same(run, whole("lora"))
+
+
+def test_another_configuration_is_refused_or_asked_for(killed):
+    run, again = killed
+    refused = again("ppo.kl_coef=0.2")
+    assert refused.returncode == 2
+    assert "unfinished ppo of another configuration: ppo.kl_coef" in refused.stderr
+    assert (
+        "0.05" in refused.stderr and "0.2" in refused.stderr and "--allow-changes" in refused.stderr
+    )
+    assert (run / "checkpoints/state-4" / MANIFEST).exists()
+    done = again("ppo.kl_coef=0.2", "--allow-changes")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(7))
+
+
+FULL_DISK = """
+mkdir disk && mount -t tmpfs -o size=20M disk disk && cp -r runs/parents disk/parents
+ppo="ppo c.yaml run.folder=disk run.name=run --from disk/parents $FORM"
+python -m tests.killing stages.ppo.run:Training.update 4 $ppo > /dev/null
+head -c $(($(df --output=avail -B1 disk | tail -n 1) - 80000)) /dev/zero > disk/ballast
+python -m stages $ppo; echo "exit code $?"; ls disk/run/ppo/checkpoints
+rm disk/ballast
+python -m stages $ppo; echo "exit code $?"
+cp -r disk/run/ppo "$OUT"
+"""
+
+
+@pytest.mark.slow
+def test_a_full_disk_leaves_the_older_state_intact(folder, tmp_path):
+    """On a small tmpfs, in a mount namespace of its own; a state takes more than is free."""
+    inside = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+    possible = subprocess.run([*inside, "mount -t tmpfs x /mnt"], capture_output=True, check=False)
+    if possible.returncode:
+        pytest.skip(f"no mount namespace here: {possible.stderr.decode().strip()}")
+    form = [*FORMS["lora"], "ppo.held_out.every=6", "ppo.samples.enabled=false"]
+    whole = start(folder, *form, "run.name=whole-disk", "--from", "runs/parents")
+    assert whole.returncode == 0, whole.stdout + whole.stderr
+    shutil.copytree(folder, tmp_path / "place")
+    out = tmp_path / "out"
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "200", "FORM": " ".join(form),
+        "OUT": str(out), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }  # fmt: skip
+    done = subprocess.run(
+        [*inside, FULL_DISK], cwd=tmp_path / "place", env=environment, capture_output=True,
+        text=True, timeout=120,
+    )  # fmt: skip
+    assert "cannot write disk/run/ppo/checkpoints/state-4" in done.stderr
+    assert "No space left on device" in done.stderr
+    assert "This checkpoint needs 0.1 MiB" in done.stderr
+    first, _, second = done.stdout.partition("exit code 2\n")
+    assert "going on after step 2" in first
+    assert second.startswith("state-2\nstep-0\n"), done.stdout
+    assert "going on after step 2" in second and second.rstrip().endswith("exit code 0")
+    assert_same(out, folder / "runs/whole-disk/ppo")
