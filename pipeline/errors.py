@@ -27,3 +27,11 @@ class CheckpointError(PipelineError):
 
 class TrainingError(PipelineError):
     """Training met numbers it must not continue from (NaN, divergence)."""
+
+
+class Interrupted(PipelineError):
+    """The run was asked to stop (SIGTERM, Ctrl-C), and its state is saved."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code  # 128 + the signal, as shells report it

@@ -30,12 +30,13 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 from pipeline.config import RunSection
 from pipeline.errors import TrainingError
 from pipeline.fence import BestWeights, fenced
 from pipeline.fit_config import FitSection
+from pipeline.interruption import Interruption
 from pipeline.resume import (
     State,
     States,
@@ -46,6 +47,7 @@ from pipeline.resume import (
 )
 from pipeline.row_order import plan_steps
 from pipeline.rows import Rows, Step, StepDataset, share_or_filler
+from pipeline.trainer_arguments import training_arguments
 from pipeline.trainer_callbacks import ShownProgress
 
 # What a training carries from step to step besides tensors, in `PlannedTrainer`.
@@ -66,43 +68,6 @@ class FitSummary:
     train_loss: float  # mean a unit over the last pass (over all steps if there were fewer)
     held_out: dict[str, float]  # metrics of the kept weights; empty without held-out rows
     seconds: float  # wall time of training, evaluations included
-
-
-def training_arguments(
-    section: FitSection, run: RunSection, num_steps: int, evaluates: bool, folder: Path
-) -> TrainingArguments:
-    """Trainer's arguments for `num_steps` optimiser steps; it writes nothing into `folder`."""
-    optim = section.optim
-    warmup_steps = round(optim.warmup_fraction * num_steps)
-    schedule = optim.schedule
-    if schedule == "constant" and warmup_steps:
-        schedule = "constant_with_warmup"  # type: ignore[assignment]  # Trainer's own name
-    return TrainingArguments(
-        output_dir=str(folder),
-        max_steps=num_steps,
-        learning_rate=optim.learning_rate,
-        lr_scheduler_type=schedule,
-        warmup_steps=warmup_steps,
-        weight_decay=optim.weight_decay,
-        adam_beta1=optim.adam_beta1,
-        adam_beta2=optim.adam_beta2,
-        adam_epsilon=optim.adam_eps,
-        max_grad_norm=optim.max_grad_norm,
-        seed=run.seed,
-        bf16=run.mixed_precision == "bf16",
-        use_cpu=run.device == "cpu",
-        eval_strategy="steps" if evaluates else "no",
-        eval_steps=section.steps_between("eval_every", num_steps),
-        logging_steps=section.log_every,
-        logging_first_step=True,
-        logging_nan_inf_filter=False,  # its default hides a NaN loss
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        label_names=[],
-        ddp_find_unused_parameters=False,  # what is trainable is fixed before the wrap
-    )
 
 
 class PlannedTrainer(Trainer, ABC):
@@ -158,6 +123,11 @@ class PlannedTrainer(Trainer, ABC):
         self._logged = (0, time.perf_counter())  # steps in the log, and when it was written
         self.states = states
         self._saved_step = 0
+        self.title = title
+        shown = console if self._rank == 0 else None
+        self.interruption = Interruption(
+            shown, lambda flag: self._sum_over_processes(torch.tensor(float(flag))) > 0
+        )
         self.state_every = section.steps_between("checkpoint_every", len(self.plan))
         self.resumed = None if states is None else states.newest(console or Console(quiet=True))
 
@@ -312,10 +282,14 @@ class PlannedTrainer(Trainer, ABC):
         step = self.state.global_step
         ends = step == len(self.plan) or self.control.should_training_stop
         # The end of an epoch calls this once more.
-        if self.states is None or ends or step == self._saved_step or step % self.state_every:
+        if self.states is None or ends or step == self._saved_step:
             return
-        self._saved_step = step
-        self.states.save(step, self._state(), random_state())
+        asked = self.interruption.asked()
+        if asked or step % self.state_every == 0:
+            self._saved_step = step
+            self.states.save(step, self._state(), random_state())
+        if asked:
+            raise self.interruption.stop(self.title, step)
 
     def _state(self) -> State:
         tensors = training_tensors(self._trained(), self.optimizer)
@@ -362,7 +336,7 @@ class PlannedTrainer(Trainer, ABC):
         """
         module = self._module
         begin = time.perf_counter()
-        with fenced(module):
+        with fenced(module), self.interruption:
             try:
                 self.train()
             finally:
@@ -393,6 +367,9 @@ class PlannedTrainer(Trainer, ABC):
         return int(self.accelerator.num_processes)
 
     def _sum_over_processes(self, value: Tensor) -> float:
+        if self._world_size == 1:
+            return float(value)
+        value = value.to(self.accelerator.device)
         return float(self.accelerator.reduce(value, reduction="sum"))
 
 

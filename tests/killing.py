@@ -6,13 +6,17 @@ SIGKILL comes before the n-th call of that, as from outside: nothing is flushed 
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
 
-def kill_at(place: str, nth: int) -> None:
-    """Have the n-th call of `MODULE:NAME` or `MODULE:CLASS.METHOD`, from 1, end this process."""
+def kill_at(place: str, nth: int, *, sleep: bool = False) -> None:
+    """Have the n-th call of `MODULE:NAME` or `MODULE:CLASS.METHOD`, from 1, end this process.
+
+    With `sleep` it never returns instead.
+    """
     module, _, path = place.partition(":")
     *owners, name = path.split(".")
     owner: Any = import_module(module)
@@ -24,6 +28,8 @@ def kill_at(place: str, nth: int) -> None:
     def call(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
         calls += 1
+        if calls == nth and sleep:
+            time.sleep(10**6)
         if calls == nth:
             os.kill(os.getpid(), signal.SIGKILL)
         return own(*args, **kwargs)
@@ -32,8 +38,9 @@ def kill_at(place: str, nth: int) -> None:
 
 
 if __name__ == "__main__":
-    kill_at(sys.argv[1], int(sys.argv[2]))
-    sys.argv = ["rlhf", *sys.argv[3:]]
+    sleeps = sys.argv[3] == "sleep"
+    kill_at(sys.argv[1], int(sys.argv[2]), sleep=sleeps)
+    sys.argv = ["rlhf", *sys.argv[3 + sleeps :]]
     from stages.cli import main
 
     main()

@@ -26,6 +26,7 @@ def launch(name: str, processes: int | None, arguments: Sequence[str]) -> int:
     """
     from accelerate.commands.config.config_args import load_config_from_file
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     if num_processes() > 1:
@@ -50,6 +51,8 @@ def launch(name: str, processes: int | None, arguments: Sequence[str]) -> int:
                 "of memory"
             ) from error
         return int(failure.exitcode)
+    except SignalException as error:  # passed on to the processes, which have answered it
+        return 128 + int(error.sigval)
     except (ValueError, ImportError) as error:
         raise ConfigError(f"--launch {name}: {error}") from error
     return 0

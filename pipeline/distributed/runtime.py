@@ -128,6 +128,10 @@ class Runtime:
         total: Tensor = self.accelerator.reduce(tensor.to(self.device), reduction="sum")
         return total.to(tensor.device)
 
+    def any_of(self, flag: bool) -> bool:
+        """Whether a flag is set in any process."""
+        return bool(self.all_sum(torch.tensor(int(flag))))
+
     def gather_objects(self, rows: Sequence[T]) -> list[T]:
         """All processes' rows, in rank order, on every process."""
         if self.world_size == 1:

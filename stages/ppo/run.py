@@ -17,6 +17,7 @@ from typing import Any
 
 from pipeline.errors import DataError, TrainingError
 from pipeline.generation import close_engine, open_engine
+from pipeline.interruption import Interruption
 from pipeline.models.footprint import measure_at_first_step
 from pipeline.models.store import find_artifact
 from pipeline.models.trunk import Handle
@@ -156,7 +157,10 @@ class Training:
         done, started, metrics = state.restore(self) or self.start()
         iteration, stopped = done, None
         shown = self.context.console if self.runtime.is_main else None
-        with ProgressBar(shown, "PPO", self.section.iterations) as bar:
+        with (
+            Interruption(shown, self.runtime.any_of) as interruption,
+            ProgressBar(shown, "PPO", self.section.iterations) as bar,
+        ):
             for iteration in range(done + 1, self.section.iterations + 1):
                 clock = [time.perf_counter()]
                 rollout = self.collect(iteration)
@@ -179,8 +183,11 @@ class Training:
                         f"policy is kept. Raise ppo.kl_coef or lower ppo.optim.learning_rate.[/]"
                     )
                     break
-                if iteration % self.section.checkpoint_every == 0:
+                asked = iteration < self.section.iterations and interruption.asked()
+                if asked or iteration % self.section.checkpoint_every == 0:
                     state.save(self, state.Reached(iteration, started, metrics))
+                if asked:
+                    raise interruption.stop("ppo", iteration)
         return self.finish(started, metrics, iteration, stopped)
 
     def start(self) -> state.Reached:

@@ -11,6 +11,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow.parquet
@@ -133,19 +135,7 @@ def test_two_processes_speak_once(runs):
 
 
 def test_a_killed_process_brings_all_down(tmp_path):
-    (tmp_path / "c.yaml").write_text(CONFIG)
-    command = [*RLHF, "sft", "c.yaml", "sft.max_steps=100000", "sft.log_every=1"]
-    with subprocess.Popen(
-        [*command, "--launch", "cpu2"],
-        cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    ) as launcher:  # fmt: skip
-        metrics = tmp_path / "runs/one/sft/metrics.jsonl"
-        deadline = time.monotonic() + 120
-        while not metrics.exists() or metrics.stat().st_size == 0:
-            assert launcher.poll() is None and time.monotonic() < deadline
-            time.sleep(0.1)
-        processes = {rank_of(pid): pid for pid in children(launcher.pid)}
-        assert processes.keys() == {0, 1}
+    with training(tmp_path) as (launcher, processes):
         begin = time.monotonic()
         os.kill(processes[1], signal.SIGKILL)
         _, errors = launcher.communicate(timeout=90)
@@ -154,6 +144,40 @@ def test_a_killed_process_brings_all_down(tmp_path):
     assert errors.count("error: rank 1 was ended by SIGKILL") == 1, errors
     assert "Traceback" not in errors
     assert not any(Path(f"/proc/{pid}").exists() for pid in processes.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asked", ["rank 1", "launcher"])
+def test_all_processes_stop_after_the_same_step(tmp_path, asked):
+    with training(tmp_path) as (launcher, processes):
+        os.kill(processes[1] if asked == "rank 1" else launcher.pid, signal.SIGTERM)
+        out, errors = launcher.communicate(timeout=90)
+    assert launcher.returncode == 128 + signal.SIGTERM, out + errors
+    (state,) = (tmp_path / "runs/one/sft/checkpoints").glob("state-*")
+    manifest = json.loads((state / "manifest.json").read_text())
+    assert manifest["summary"]["processes"] == 2
+    step = manifest["summary"]["step"]
+    assert errors.count(f"SFT: stopped after step {step}, as asked") == 1, errors
+    assert "Traceback" not in errors
+
+
+@contextmanager
+def training(folder: Path) -> Iterator[tuple[subprocess.Popen[str], dict[int, int]]]:
+    """SFT by two processes, under way: the launcher, and the process id of each rank."""
+    (folder / "c.yaml").write_text(CONFIG)
+    settings = ["sft.max_steps=100000", "sft.log_every=1", "sft.checkpoint_every=100000"]
+    with subprocess.Popen(
+        [*RLHF, "sft", "c.yaml", *settings, "--launch", "cpu2"],
+        cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as launcher:  # fmt: skip
+        metrics = folder / "runs/one/sft/metrics.jsonl"
+        deadline = time.monotonic() + 120
+        while not metrics.exists() or metrics.stat().st_size == 0:
+            assert launcher.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        processes = {rank_of(pid): pid for pid in children(launcher.pid)}
+        assert processes.keys() == {0, 1}
+        yield launcher, processes
 
 
 def children(pid: int) -> list[int]:

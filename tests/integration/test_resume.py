@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -276,3 +277,73 @@ def test_a_full_disk_leaves_the_older_state_intact(folder, tmp_path):
     assert second.startswith("state-2\nstep-0\n"), done.stdout
     assert "going on after step 2" in second and second.rstrip().endswith("exit code 0")
     assert_same(out, folder / "runs/whole-disk/ppo")
+
+
+@pytest.mark.parametrize(
+    ("stage", "kind"),
+    [
+        ("ppo", signal.SIGTERM),
+        pytest.param("ppo", signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param("sft", signal.SIGTERM, marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_that_is_asked_to_stop_saves_the_step_in_hand(folder, stage, kind):
+    name = f"asked-{stage}-{kind.name}"
+    never = [f"{s}.checkpoint_every={n}" for s, n in (("ppo", 1000), ("sft", 100000))]
+    longer = ["ppo.iterations=1000", "ppo.samples.enabled=false", "sft.max_steps=100000"]
+    arguments = [*FORMS["lora"], f"run.name={name}", *never, *longer]
+    if stage == "ppo":
+        arguments += ["--from", "runs/parents", "sft.max_steps=12", "sft.checkpoint_every=3"]
+    with running(folder, stage, *arguments) as process:
+        wait_for_rows(folder / f"runs/{name}/{stage}/metrics.jsonl", 3, process)
+        process.send_signal(kind)
+        out, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + kind
+    assert "stopping after this step; once more to stop at once" in out
+    (state,) = (folder / f"runs/{name}/{stage}/checkpoints").glob("state-*")
+    step = int(state.name.removeprefix("state-"))
+    assert f"{stage}: stopped after step {step}, as asked" in errors.replace("SFT", "sft")
+    with running(folder, stage, *arguments) as process:
+        wait_for_rows(folder / f"runs/{name}/{stage}/metrics.jsonl", step + 3, process)
+        process.send_signal(kind)
+        out, _ = process.communicate(timeout=60)
+    assert f"going on after step {step}\n" in out
+    found = [json.loads(line)["step"] for line in
+             (folder / f"runs/{name}/{stage}/metrics.jsonl").read_text().splitlines()]  # fmt: skip
+    assert next(row for row in found if row > step) == step + 1
+
+
+def test_asked_twice_it_stops_at_once(folder):
+    arguments = [*FORMS["lora"], "run.name=twice", "--from", "runs/parents"]
+    place = "stages.ppo.run:Training.update"
+    # An update that takes for ever: only the second signal can end it.
+    with running(folder, "ppo", *arguments, sleep=(place, 3)) as process:
+        wait_for_rows(folder / "runs/twice/ppo/metrics.jsonl", 3, process)
+        time.sleep(1)
+        process.send_signal(signal.SIGINT)
+        time.sleep(1.5)
+        assert process.poll() is None
+        begin = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=30)
+    assert time.monotonic() - begin < 10
+    assert process.returncode == 130
+    assert {p.name for p in (folder / "runs/twice/ppo/checkpoints").glob("state-*")} == {"state-2"}
+
+
+def running(
+    folder: Path, stage: str, *arguments: str, sleep: tuple[str, int] | None = None
+) -> subprocess.Popen[str]:
+    module = ["tests.killing", sleep[0], str(sleep[1]), "sleep"] if sleep else ["stages"]
+    return subprocess.Popen(
+        [sys.executable, "-m", *module, stage, "c.yaml", *arguments], cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "200"},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def wait_for_rows(path: Path, count: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 90
+    while not path.exists() or path.read_text().count("\n") < count:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)

@@ -307,7 +307,7 @@ def test_other_ranks_are_silent_but_for_errors_of_their_own(
     expected: str,
 ) -> None:
     monkeypatch.setenv("RANK", "3")
-    monkeypatch.setattr(cli, "MAIN_SPEAKS_FIRST", 0.01)
+    monkeypatch.setattr(cli, "OTHERS_SPEAK_FIRST", 0.01)
 
     def fail(self: Any, only: str | None = None) -> None:
         cli._console().print("progress")

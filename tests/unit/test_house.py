@@ -146,6 +146,7 @@ def test_only_distributed_and_tracking_import_accelerate() -> None:
 def test_only_the_fence_imports_trainers() -> None:
     fence = (
         "pipeline/hf_trainer.py",
+        "pipeline/trainer_arguments.py",
         "pipeline/trainer_callbacks.py",
         "stages/sft/",
         "stages/reward/trainer.py",
