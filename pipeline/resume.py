@@ -9,6 +9,7 @@ import os
 import random
 import shutil
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -125,9 +126,14 @@ class States:
             own = State.read(folder / f"rank-{self.runtime.rank}")
         return Resumed(step, State.read(folder / "run"), own)
 
-    def kept(self) -> list[State]:
-        """What the main process left of each state that is complete, the newest first."""
-        return [State.read(folder / "run") for _, folder in complete_states(self.folder)]
+    def numbers_of_kept(self) -> list[Mapping[str, Any]]:
+        """The run's numbers in each state that is whole, the newest first."""
+        found = []
+        for _, folder in complete_states(self.folder):
+            with suppress(CheckpointError):
+                verify(folder)
+                found.append(read_json(folder / "run.json"))
+        return found
 
     def _begin(self, folder: Path) -> None:
         with writing(folder):

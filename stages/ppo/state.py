@@ -64,7 +64,7 @@ def restore(training: "Training") -> Reached | None:
     for name, value in numbers["stop_rules"].items():
         setattr(training.stop_rules, name, value)
     iteration, reward = numbers["best"]
-    bests = [kept.numbers["best"][0] for kept in reversed(context.states.kept())]
+    bests = [kept["best"][0] for kept in reversed(context.states.numbers_of_kept())]
     training.checkpoints.restore((iteration, reward), bests)
     if training.runtime.is_main:
         training.texts.restore(numbers["texts"])

@@ -204,7 +204,7 @@ def test_a_damaged_state_is_named_and_the_one_before_it_taken(killed, whole, nam
     run, again = killed
     path = run / "checkpoints/state-4" / name
     data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
+    data[0] ^= 1  # of JSON it makes no JSON
     path.write_bytes(data)
     done = again()
     assert done.returncode == 0, done.stdout + done.stderr
