@@ -1,7 +1,7 @@
 """Kills runs at random moments and starts them again: is anything lost, does anything differ?
 
 A small chain (SFT, reward model, PPO, evaluation, export; a state after every step) runs once to
-its end. Then the same run is started in other folders and killed by SIGKILL at random moments, started
+its end. Then the same run is started in other folders, killed by SIGKILL at random moments, started
 again with the same command until it finishes, and compared: metrics (times apart), weights, samples
 and texts have to be the same bytes.
 
