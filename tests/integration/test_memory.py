@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from pipeline.config import ArchitectureSection
 from pipeline.models.loading import build_from_config, train_tokenizer
+from pipeline.resume import States
 from pipeline.yaml_config import read_config
 from stages.cli import app
 from stages.config import RunConfig
@@ -25,10 +26,11 @@ run: {device: cpu, trackers: [], name: tiny}
 model: {path: model}
 data: {demonstrations: d.jsonl, rankings: r.jsonl, max_prompt_tokens: 16, max_response_tokens: 16}
 lora: {rank: 2}
-sft: {max_steps: 1, batch_size: 8}
-reward: {max_steps: 1, batch_size: 8, normalisation: {num_samples: 4}}
+sft: {max_steps: 2, batch_size: 8, checkpoint_every: 1}
+reward: {max_steps: 2, batch_size: 8, checkpoint_every: 1, normalisation: {num_samples: 4}}
 ppo:
   iterations: 2
+  checkpoint_every: 1
   rollout: {prompts_per_iteration: 8, max_new_tokens: 8}
   optim: {ppo_epochs: 1}
   held_out: {num_prompts: 2}
@@ -70,13 +72,30 @@ def memory(stage: str) -> dict[str, Any]:
 
 
 def on_disk(folder: Path) -> int:
-    """Bytes of the tensors in a folder's weight files."""
+    """Bytes of the tensors in a folder's weight files, but for AdamW's step counts."""
     total = 0
     for path in folder.rglob("*.safetensors"):
         with safe_open(path, "pt") as file:
-            tensors = [file.get_tensor(key) for key in file.keys()]  # noqa: SIM118
+            names = [key for key in file.keys() if not key.startswith("step/")]  # noqa: SIM118
+            tensors = [file.get_tensor(key) for key in names]
         total += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     return total
+
+
+@pytest.fixture
+def states(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Bytes of the largest state that each stage left: they go when it has finished."""
+    sizes: dict[str, int] = {}
+    own = States._complete
+
+    def complete(self: States, folder: Path, step: int) -> None:
+        (folder / "rank-0.safetensors").rename("random.safetensors")
+        sizes[self.stage] = max(sizes.get(self.stage, 0), on_disk(folder))
+        Path("random.safetensors").rename(folder / "rank-0.safetensors")
+        own(self, folder, step)
+
+    monkeypatch.setattr(States, "_complete", complete)
+    return sizes
 
 
 @pytest.mark.slow
@@ -92,7 +111,7 @@ def on_disk(folder: Path) -> int:
     ids=["quickstart", "lora", "full", "full-bf16"],
 )
 def test_a_run_has_what_was_predicted(
-    rlhf: Callable[..., str], tuned: dict[str, str], value: str
+    rlhf: Callable[..., str], states: dict[str, int], tuned: dict[str, str], value: str
 ) -> None:
     overrides = [f"{key if '.' in key else f'{key}.tuning'}={how}" for key, how in tuned.items()]
     overrides += [f"ppo.value={value}", "export.merged=true"]
@@ -105,7 +124,10 @@ def test_a_run_has_what_was_predicted(
     files = predicted_files(config, ["sft", "reward", "ppo", "export"])
     for file in files:
         folder = Path("runs/tiny") / file.stage
-        if file.what.startswith("checkpoints"):
+        if "states" in file.what:
+            # Two are kept, and one more is there while it is written.
+            assert 3 * states[file.stage] == file.size, file
+        elif file.what.startswith("checkpoints"):
             # The best and the last, which may be one.
             steps = list((folder / "checkpoints").iterdir())
             assert on_disk(folder / "checkpoints") * 2 == file.size * len(steps)
