@@ -1,0 +1,212 @@
+"""Two nodes, each in a network namespace of its own, against one process.
+
+A veth pair is all that joins them, so that whatever the processes say to one another goes over it,
+and rendezvous and gloo find no other way. The namespaces are those of an unprivileged user
+namespace: the machine's own network is not touched, and they end with the processes in them.
+"""
+
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.distributed.test_pipeline_ranks import (
+    CONFIG,
+    ENVIRONMENT,
+    FORMS,
+    ROOT,
+    TIMES,
+    children,
+    rlhf,
+    rows,
+)
+
+INTERFACE = "net0"
+ADDRESSES = ("10.77.0.1", "10.77.0.2")
+PORT = 29500  # the nodes' own: nothing else listens in a new namespace
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+FORM = FORMS["lora"]
+
+
+@dataclass(frozen=True)
+class Node:
+    """A namespace; `inside` is what a command starts with to run there."""
+
+    inside: list[str]
+
+    def run(self, *command: str) -> str:
+        """What a command prints."""
+        done = subprocess.run(
+            [*self.inside, *command], capture_output=True, text=True, timeout=20, check=True
+        )
+        return done.stdout
+
+    def received(self) -> int:
+        """Bytes that came over the pair so far."""
+        line = next(x for x in self.run("cat", "/proc/net/dev").splitlines() if INTERFACE in x)
+        return int(line.partition(":")[2].split()[0])
+
+
+@contextmanager
+def held(*command: str) -> Iterator[Node]:
+    """The namespaces that `command` (unshare) makes, for as long as its process sleeps."""
+    with subprocess.Popen([*command, "sleep", "600"], stderr=subprocess.PIPE, text=True) as process:
+        try:
+            deadline = time.monotonic() + 10
+            while Path(f"/proc/{process.pid}/comm").read_text() != "sleep\n":
+                if process.poll() is not None or time.monotonic() > deadline:
+                    pytest.skip(f"no network namespaces here: {process.communicate()[1].strip()}")
+                time.sleep(0.02)
+            enter = ["nsenter", f"--target={process.pid}", "--user", "--net"]
+            yield Node([*enter, "--preserve-credentials"])
+        finally:
+            process.terminate()
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[list[Node]]:
+    """Two namespaces that see each other and nothing else."""
+    missing = [tool for tool in ("ip", "unshare", "nsenter") if shutil.which(tool) is None]
+    if missing:
+        pytest.skip(f"needs {', '.join(missing)} (iproute2, util-linux) to make two networks")
+    with ExitStack() as stack:
+        outer = stack.enter_context(held("unshare", "--user", "--map-root-user", "--net"))
+        pair = [stack.enter_context(held(*outer.inside, "unshare", "--net")) for _ in ADDRESSES]
+        pids = [node.inside[1].partition("=")[2] for node in pair]
+        link = ["ip", "link", "add", INTERFACE, "netns", pids[0], "type", "veth"]
+        try:
+            outer.run(*link, "peer", "name", INTERFACE, "netns", pids[1])
+        except subprocess.CalledProcessError as error:
+            pytest.skip(f"no pair of network interfaces here: {error.stderr.strip()}")
+        for node, address in zip(pair, ADDRESSES, strict=True):
+            node.run("ip", "address", "add", f"{address}/24", "dev", INTERFACE)
+            for interface in ("lo", INTERFACE):
+                node.run("ip", "link", "set", interface, "up")
+        yield pair
+
+
+@contextmanager
+def launched(
+    nodes: list[Node], folder: Path, *arguments: str
+) -> Iterator[list[subprocess.Popen[str]]]:
+    """`rlhf ARGUMENTS` by a process on each node; what still runs at the end is ended."""
+    config = ROOT / "configs" / "accelerate" / "ddp-multi-node.yaml"
+    # A node's name leads to 127.0.0.1 here, as on many machines: gloo is told where the other is.
+    environment = ENVIRONMENT | {"GLOO_SOCKET_IFNAME": INTERFACE}
+    launchers = []
+    try:
+        for rank, node in enumerate(nodes):
+            settings = [f"--config_file={config}", "--num_machines=2", "--num_processes=2"]
+            settings += [f"--machine_rank={rank}", f"--main_process_ip={ADDRESSES[0]}"]
+            settings += [f"--main_process_port={PORT}", "-m", "stages"]
+            launchers.append(
+                subprocess.Popen(
+                    [*node.inside, *ACCELERATE, *settings, *arguments, "run.device=cpu"],
+                    cwd=folder, env=environment, text=True,
+                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                )
+            )  # fmt: skip
+        yield launchers
+    finally:
+        for launcher in launchers:
+            if launcher.poll() is None:
+                launcher.terminate()
+                try:
+                    launcher.communicate(timeout=40)
+                except subprocess.TimeoutExpired:
+                    launcher.kill()
+
+
+def by_two_nodes(nodes: list[Node], folder: Path, *arguments: str) -> list[str]:
+    """What each node printed, after both are done."""
+    with launched(nodes, folder, *arguments) as launchers:
+        texts = [launcher.communicate(timeout=150)[0] for launcher in launchers]
+        assert [launcher.returncode for launcher in launchers] == [0, 0], "\n".join(texts)
+    return texts
+
+
+def assert_same_stage(one: Path, two: Path) -> None:
+    """Metrics but for times, and weights, of two folders of a stage agree to 1e-9."""
+    rows_of_one, rows_of_two = (rows(folder / "metrics.jsonl") for folder in (one, two))
+    assert len(rows_of_one) == len(rows_of_two) >= 3
+    for row, other in zip(rows_of_one, rows_of_two, strict=True):
+        assert row.keys() == other.keys()
+        for key, number in row.items():
+            if not any(time in key for time in TIMES):
+                assert math.isclose(number, other[key], rel_tol=1e-9, abs_tol=1e-9), key
+    weights = sorted((one / "artifact").rglob("*.safetensors"))
+    assert weights
+    for path in weights:
+        found = load_file(two / path.relative_to(one))
+        for name, tensor in load_file(path).items():
+            torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-9)
+
+
+def wait_for_steps(metrics: Path, count: int, launchers: list[subprocess.Popen[str]]) -> None:
+    """Until so many steps are logged."""
+    deadline = time.monotonic() + 120
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < count:
+        ended = [launcher.communicate()[0] for launcher in launchers if launcher.poll()]
+        assert not ended, ended
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+def test_two_nodes_compute_what_one_process_does(nodes, tmp_path):
+    (tmp_path / "c.yaml").write_text(CONFIG)
+    settings = ["c.yaml", *FORM, "sft.max_steps=6", "reward.max_steps=4", "ppo.iterations=2"]
+    for verb in ("sft", "reward", "ppo"):
+        done = rlhf(tmp_path, verb, *settings, "run.name=one")
+        assert done.returncode == 0, done.stdout + done.stderr
+    before = [node.received() for node in nodes]
+    first, second = by_two_nodes(nodes, tmp_path, "sft", *settings, "run.name=two")
+    assert "2 processes on cpu, DDP" in first
+    assert "DDP" not in second  # the main process alone speaks
+    # Each step's gradients, at least: 8 bytes a weight, which two processes exchange both ways.
+    (path,) = (tmp_path / "runs/two/sft/artifact").rglob("*.safetensors")
+    exchanged = 6 * 8 * sum(tensor.numel() for tensor in load_file(path).values())
+    received = [node.received() - old for node, old in zip(nodes, before, strict=True)]
+    assert all(exchanged < size < 2 * exchanged for size in received), (exchanged, received)
+    assert_same_stage(tmp_path / "runs/one/sft", tmp_path / "runs/two/sft")
+    by_two_nodes(nodes, tmp_path, "ppo", *settings, "run.name=ppo", "--from", "runs/one")
+    assert_same_stage(tmp_path / "runs/one/ppo", tmp_path / "runs/ppo/ppo")
+
+
+@pytest.mark.slow
+def test_nodes_stop_together(nodes, tmp_path):
+    """Asked to stop on one node, both stop after the same step and go on; killed, both end."""
+    (tmp_path / "c.yaml").write_text(CONFIG)
+    training = ["sft", "c.yaml", "sft.max_steps=100000", "sft.epochs=100000"]
+    training += ["sft.log_every=1", "sft.checkpoint_every=100000"]
+    metrics = tmp_path / "runs/one/sft/metrics.jsonl"
+    with launched(nodes, tmp_path, *training) as launchers:
+        wait_for_steps(metrics, 1, launchers)
+        launchers[1].terminate()
+        texts = [launcher.communicate(timeout=90)[0] for launcher in launchers]
+    (state,) = metrics.parent.glob("checkpoints/state-*")
+    step = json.loads((state / "manifest.json").read_text())["summary"]["step"]
+    assert f"SFT: stopped after step {step}, as asked" in texts[0]
+    assert re.search(r"rank +: 0 .*\n +exitcode +: 143 ", texts[0])  # accelerate's own is 1
+    with launched(nodes, tmp_path, *training) as launchers:
+        wait_for_steps(metrics, step + 1, launchers)
+        (worker,) = children(launchers[1].pid)
+        began = time.monotonic()
+        os.kill(worker, signal.SIGKILL)
+        texts = [launcher.communicate(timeout=90)[0] for launcher in launchers]
+    assert f"going on after step {step}" in texts[0]
+    assert time.monotonic() - began < 60
+    assert all(launcher.returncode for launcher in launchers)
