@@ -22,6 +22,11 @@ timed iterations, with what the allocator (glibc) keeps between tensors of unlik
 
     python benchmarks/scaling.py [--axes prompt_tokens ...] [--tunings full lora] [--quick]
                                  [--json FILE]
+
+In place of that, what many processes say to one another and hold (`ppo_scaling/processes.py`):
+
+    python benchmarks/scaling.py --processes 1 2 4 [--strategies ddp fsdp2] [--tunings full lora]
+                                 [--values own shared] [--quick] [--json FILE]
 """
 
 import argparse
@@ -40,6 +45,14 @@ from benchmarks.ppo_peer.environments import describe
 from benchmarks.ppo_peer.meter import PHASES
 from benchmarks.ppo_scaling.measure import measure, measure_held
 from benchmarks.ppo_scaling.points import AXES, FITTED, Point, points
+from benchmarks.ppo_scaling.processes import (
+    STRATEGIES,
+    VALUES,
+    cases,
+    communication_table,
+    measure_all,
+    memory_table,
+)
 
 TOLERANCE = 0.15
 # Imported once, in the process that the points are forked from.
@@ -120,7 +133,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Measure the axes, print the table."""
+    """Measure what is asked for, print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES))
     parser.add_argument("--tunings", nargs="+", choices=("full", "lora"), default=["full", "lora"])
@@ -130,10 +143,38 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="tiny models: only whether it works")
     parser.add_argument("--json", type=Path, help="write all numbers here")
+    parser.add_argument(
+        "--processes", nargs="+", type=int, metavar="N", help="measure many processes instead"
+    )
+    parser.add_argument(
+        "--strategies", nargs="+", choices=STRATEGIES, default=["ddp"], help="of many processes"
+    )
+    parser.add_argument(
+        "--values", nargs="+", choices=VALUES, default=list(VALUES), help="of many processes"
+    )
     options = parser.parse_args()
     # One thread: what the slopes are about does not depend on it, and processor time stays work.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     about = {name: value for name, value in describe("cpu").items() if name != "trl"}
+    numbers = _many_processes(options) if options.processes else _axes(options)
+    print(f"\nMeasured with {json.dumps(about)}")
+    if options.json:
+        text = json.dumps({"environment": about, **numbers}, indent=2)
+        options.json.write_text(text + "\n", encoding="utf-8")
+
+
+def _many_processes(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure processes, print two tables."""
+    chosen = cases(options.strategies, options.tunings, options.values, options.processes)
+    found = measure_all(chosen, quick=options.quick)
+    print(communication_table(found))
+    print()
+    print(memory_table(found))
+    return {"cases": found}
+
+
+def _axes(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure the axes, print the table."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOAD))
     known: dict[Point, dict[str, Any]] = {}
@@ -153,10 +194,7 @@ def main() -> None:
                     }
                 rows += fit(name, [known[point] for point in asked])
     print(table(rows))
-    print(f"\nMeasured with {json.dumps(about)}")
-    if options.json:
-        numbers = {"environment": about, "slopes": rows, "points": list(known.values())}
-        options.json.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+    return {"slopes": rows, "points": list(known.values())}
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ class PhaseMeter(Meter):
         if self._running is not None:
             name, since = self._running
             self._cpu[name] += now - since
-        _give_back()
+        give_back()
         super().switch(phase)
         self._running = None if phase is None else (phase, time.process_time())
 
@@ -46,7 +46,7 @@ class PhaseMeter(Meter):
         self._cpu.clear()
 
 
-def _give_back() -> None:
+def give_back() -> None:
     """Return freed memory to the system (glibc; elsewhere peaks hold what earlier phases freed)."""
     gc.collect()
     with suppress(OSError, AttributeError):
@@ -111,7 +111,7 @@ def _warm(point: Point, folder: Path) -> tuple[Any, PhaseMeter]:
     tiny = Point(point.tuning, 4, 4, 2, 1, 32, 1, 64)
     _program(tiny, folder / "tiny").iterate(1, 1, PhaseMeter())
     weights.make(point.workload(), folder / "point")
-    _give_back()
+    give_back()
     meter = PhaseMeter()
     program = _program(point, folder / "point")
     prompts, prompt_ids = program.prompts, program.prompt_ids

@@ -3,15 +3,18 @@
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed import HashStore
 
 from benchmarks.ppo_peer.flops import Cost
 from benchmarks.ppo_peer.meter import PHASES
+from benchmarks.ppo_scaling.communication import OBJECTS, Collectives, sent
 from benchmarks.ppo_scaling.points import (
     FLOAT,
     Point,
@@ -98,6 +101,117 @@ def test_slopes_are_exponents_of_the_upper_points() -> None:
         assert row["slopes"]["held_mb"] == pytest.approx(1.0)
         # Rollouts may grow as what decoding reads: by 1.4.
         assert row["above"] == ([] if row["phase"] == "rollout" else ["cpu_seconds"])
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """This process as the only one of its group."""
+    torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def of_four() -> Iterator[None]:
+    """This process as the first of four, of which the others do not exist."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def _layers() -> torch.nn.Sequential:
+    """Float32: 10 x 20 weights and 20 biases, frozen; 20 x 4 weights."""
+    torch.manual_seed(1)
+    first, second = torch.nn.Linear(10, 20), torch.nn.Linear(20, 4, bias=False)
+    return torch.nn.Sequential(first.requires_grad_(False), second)
+
+
+def test_reduced_gradients_are_counted(alone: None) -> None:
+    """DDP: what is trained, once a step, from its reducer in C++; and what Python asks for."""
+    module = torch.nn.parallel.DistributedDataParallel(_layers())
+    inputs = torch.ones(3, 10)
+    module(inputs).sum().backward()  # makes buckets
+    counted = Collectives()
+    with counted, counted.telling_objects():
+        module(inputs).sum().backward()  # not counted: no phase yet
+        counted.phase = "update"
+        for _ in range(3):
+            with module.no_sync():
+                module(inputs).sum().backward()
+            module(inputs).sum().backward()
+        counted.phase = "rest"
+        torch.distributed.all_reduce(torch.ones(5, dtype=torch.float64))
+        torch.distributed.broadcast_object_list(["word"])
+    counts = counted.counts()
+    assert counts["update"] == {"all_reduce": {"calls": 3, "bytes": 3 * 4 * 80}}
+    assert counts["rest"]["all_reduce"] == {"calls": 1, "bytes": 40}
+    assert counts["rest"].keys() == {"all_reduce", OBJECTS}
+    assert counts["rest"][OBJECTS]["calls"] == 2  # lengths, then what was pickled
+
+
+def test_gathered_weights_are_counted(of_four: None) -> None:
+    """FSDP2: each layer's weights for its pass and again for the backward pass, then gradients."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    module = _layers()
+    mesh = init_device_mesh("cpu", (4,))
+    for layer in module:
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+    fully_shard(module, mesh=mesh)
+    counted = Collectives()
+    counted.phase = "update"
+    with counted:
+        module(torch.ones(3, 10, requires_grad=True)).sum().backward()
+    counts = counted.counts()["update"]
+    assert counts["all_gather"] == {"calls": 4, "bytes": 2 * 4 * (220 + 80)}
+    assert counts["reduce_scatter"] == {"calls": 1, "bytes": 4 * 80}
+
+
+def test_sent_in_a_ring_by_hand() -> None:
+    """Of 400 bytes and 4 processes: 3 shares of 100 a round; a reduction is handed round twice."""
+    assert sent("all_gather", 400, 4) == sent("reduce_scatter", 400, 4) == 300
+    assert sent("all_reduce", 400, 4) == sent("sums", 400, 4) == 600
+    assert sent("all_reduce", 400, 1) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # eight runs
+def test_two_processes_reduce_what_they_train(tmp_path: Path) -> None:
+    """The PPO stage in two processes, tiny: bytes of its gradients are those of its weights."""
+    out = tmp_path / "processes.json"
+    command = [sys.executable, str(ROOT / "benchmarks" / "scaling.py"), "--quick"]
+    command += ["--processes", "1", "2", "--values", "own", "--json", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    # Width 64, inner width 176, 2 layers, 400 words: attention, MLP, norms; the last norm.
+    model = 2 * (4 * 64 * 64 + 3 * 64 * 176 + 2 * 64) + 64 + 400 * 64
+    adapter = 2 * 8 * (4 * (64 + 64) + 3 * (64 + 176))  # rank 8 on every linear layer
+    head = 64 + 1
+    trained = {"full": 2 * model + head, "lora": 2 * adapter + head}
+    steps = 2 * 2  # epochs and minibatches
+    cases = json.loads(out.read_text(encoding="utf-8"))["cases"]
+    assert [case["case"]["processes"] for case in cases] == [1, 2, 1, 2]
+    for case in cases:
+        weights, ranks = trained[case["case"]["tuning"]], case["ranks"]
+        assert [rank["rank"] for rank in ranks] == list(range(case["case"]["processes"]))
+        for rank in ranks:
+            assert (rank["trained"], rank["optimiser_steps"]) == (weights, steps)
+            assert rank["gradients_mb"] * 2**20 == pytest.approx(4 * weights)
+            assert rank["collectives"] == ranks[0]["collectives"]
+        if len(ranks) == 1:
+            assert ranks[0]["collectives"] == {}
+            continue
+        counts = ranks[0]["collectives"]
+        assert counts["update"]["all_reduce"]["bytes"] == steps * 4 * weights
+        assert "rollout" not in counts and "scoring" not in counts
+        others = (
+            sum(entry["bytes"] for name, entry in counts["update"].items()) - steps * 4 * weights
+        )
+        assert others < 4000
+    assert "| ddp | lora | own | 2 | update | all_reduce |" in done.stdout
 
 
 @pytest.mark.slow
