@@ -27,6 +27,10 @@ In place of that, what many processes say to one another and hold (`ppo_scaling/
 
     python benchmarks/scaling.py --processes 1 2 4 [--strategies ddp fsdp2] [--tunings full lora]
                                  [--values own shared] [--quick] [--json FILE]
+
+And what many GPUs would take, by arithmetic (`ppo_scaling/plan.py`):
+
+    python benchmarks/scaling.py --plan
 """
 
 import argparse
@@ -43,6 +47,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.ppo_peer.environments import describe
 from benchmarks.ppo_peer.meter import PHASES
+from benchmarks.ppo_scaling import plan_tables
 from benchmarks.ppo_scaling.measure import measure, measure_held
 from benchmarks.ppo_scaling.points import AXES, FITTED, Point, points
 from benchmarks.ppo_scaling.processes import (
@@ -152,7 +157,11 @@ def main() -> None:
     parser.add_argument(
         "--values", nargs="+", choices=VALUES, default=list(VALUES), help="of many processes"
     )
+    parser.add_argument("--plan", action="store_true", help="print the plan on paper instead")
     options = parser.parse_args()
+    if options.plan:
+        print(plan_tables.text())
+        return
     # One thread: what the slopes are about does not depend on it, and processor time stays work.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     about = {name: value for name, value in describe("cpu").items() if name != "trl"}

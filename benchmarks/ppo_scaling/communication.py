@@ -1,8 +1,9 @@
 """Counts what a process hands to torch.distributed, by phase and collective.
 
 Bytes are a call's payload, the same on every process: what is reduced or broadcast, the whole that
-an all-gather makes, the whole that a reduce-scatter takes. What a process sends of it is `sent`.
-The calls are seen in torch's dispatcher, where those of C++ (DDP's reducer, FSDP2) pass too.
+an all-gather makes, the whole that a reduce-scatter takes. What a process sends of it says
+`ring.sent`. The calls are seen in torch's dispatcher, where those of C++ (DDP's reducer, FSDP2)
+pass too.
 """
 
 from collections import defaultdict
@@ -116,15 +117,3 @@ def _bytes(tensors: Any) -> int:
     if isinstance(tensors, list | tuple):
         return sum(_bytes(part) for part in tensors)
     return 0
-
-
-def sent(collective: str, payload: float, processes: int) -> float:
-    """Bytes that each of the processes sends in a ring, which is the least there can be.
-
-    An all-reduce is a reduce-scatter and an all-gather, in each of which all but one of the
-    processes' shares pass by. gloo's reduce-scatter is an all-reduce, and sends twice this.
-    """
-    share = (processes - 1) / processes
-    if collective in ("all_reduce", SUMS):
-        return 2 * share * payload
-    return share * payload

@@ -14,7 +14,7 @@ from torch.distributed import HashStore
 
 from benchmarks.ppo_peer.flops import Cost
 from benchmarks.ppo_peer.meter import PHASES
-from benchmarks.ppo_scaling.communication import OBJECTS, Collectives, sent
+from benchmarks.ppo_scaling.communication import OBJECTS, Collectives
 from benchmarks.ppo_scaling.points import (
     FLOAT,
     Point,
@@ -168,13 +168,6 @@ def test_gathered_weights_are_counted(of_four: None) -> None:
     counts = counted.counts()["update"]
     assert counts["all_gather"] == {"calls": 4, "bytes": 2 * 4 * (220 + 80)}
     assert counts["reduce_scatter"] == {"calls": 1, "bytes": 4 * 80}
-
-
-def test_sent_in_a_ring_by_hand() -> None:
-    """Of 400 bytes and 4 processes: 3 shares of 100 a round; a reduction is handed round twice."""
-    assert sent("all_gather", 400, 4) == sent("reduce_scatter", 400, 4) == 300
-    assert sent("all_reduce", 400, 4) == sent("sums", 400, 4) == 600
-    assert sent("all_reduce", 400, 1) == 0
 
 
 @pytest.mark.slow
