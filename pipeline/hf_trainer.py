@@ -33,10 +33,11 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from pipeline.config import RunSection
-from pipeline.errors import TrainingError
+from pipeline.distributed import Runtime
 from pipeline.fence import BestWeights, fenced
 from pipeline.fit_config import FitSection
 from pipeline.interruption import Interruption
+from pipeline.not_finite import NotFinite, leave
 from pipeline.resume import (
     State,
     States,
@@ -46,7 +47,7 @@ from pipeline.resume import (
     training_tensors,
 )
 from pipeline.row_order import plan_steps
-from pipeline.rows import Rows, Step, StepDataset, share_or_filler
+from pipeline.rows import Rows, Step, StepDataset, rows_at_fault, share_or_filler
 from pipeline.trainer_arguments import training_arguments
 from pipeline.trainer_callbacks import ShownProgress
 
@@ -77,7 +78,7 @@ class PlannedTrainer(Trainer, ABC):
         module: what is trained; its parameters that require gradients, fixed before this call.
         section: the stage's settings.
         run: the run's common settings (seed, precision, device).
-        folder: an existing folder; nothing is written there.
+        folder: an existing folder; only rows of numbers that are not finite are written there.
         train: rows to train on.
         held_out: rows to evaluate on; none means no evaluation, and the last weights are kept.
         log: receives (step, metrics), for instance `Tracker.log`.
@@ -123,7 +124,9 @@ class PlannedTrainer(Trainer, ABC):
         self._logged = (0, time.perf_counter())  # steps in the log, and when it was written
         self.states = states
         self._saved_step = 0
+        self._step_rows: list[int] = []  # this process's rows of the step in hand
         self.title = title
+        self.folder, self.runtime = folder, Runtime(run)
         shown = console if self._rank == 0 else None
         self.interruption = Interruption(
             shown, lambda flag: self._sum_over_processes(torch.tensor(float(flag))) > 0
@@ -166,6 +169,7 @@ class PlannedTrainer(Trainer, ABC):
             restore_random(self.resumed.own)  # the loader has drawn a seed since the training began
         self.resumed = None
         step: Step = inputs["step"]
+        self._step_rows = [row for group in step.groups for row in group]
         losses: list[Tensor] = []
         for index, batch in enumerate(step.batches):
             last = index == len(step.batches) - 1
@@ -176,21 +180,28 @@ class PlannedTrainer(Trainer, ABC):
             losses.append(loss.detach())
         loss_sum = self._sum_over_processes(torch.stack(losses).sum())
         if not math.isfinite(loss_sum):
-            raise self._not_finite("loss", loss_sum)
+            raise self._not_finite("loss", loss_sum, rows_at_fault(step.groups, losses))
         self.step_sums.append((loss_sum, step.units, step.rows))
         return torch.tensor(loss_sum / step.units, device=self.args.device)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float:
         norm = float(super()._get_grad_norm(model, grad_norm=grad_norm))
         if not math.isfinite(norm):
-            raise self._not_finite("gradient norm", norm)
+            raise self._not_finite("gradient norm", norm, self._step_rows)
         return norm
 
-    def _not_finite(self, what: str, value: float) -> TrainingError:
-        return TrainingError(
-            f"the {what} is {value} at step {self.state.global_step + 1} of {len(self.plan)}; "
-            f"training stopped before that step changed the weights. {_REMEDY}"
+    def _not_finite(self, what: str, value: float, rows: Sequence[int]) -> NotFinite:
+        place = f"step {self.state.global_step + 1} of {len(self.plan)}"
+        message = f"training stopped before that step changed the weights. {_REMEDY}"
+        return self._left(
+            what, f"the {what} is {value} at {place}; {message}", place, self.rows, rows
         )
+
+    def _left(
+        self, what: str, message: str, place: str, rows: Rows, chosen: Sequence[int]
+    ) -> NotFinite:
+        described = [rows.describe(row) for row in chosen]
+        return leave(NotFinite(what, message, described, place), self.folder, self.runtime)
 
     # --- evaluation and metrics ---
 
@@ -215,6 +226,11 @@ class PlannedTrainer(Trainer, ABC):
             for name, values in sorted(totals.items())
         }
         metrics = self.eval_metrics(sums, sum(rows.units))
+        if not math.isfinite(metrics["loss"]):
+            place = f"the evaluation after step {self.state.global_step} of {len(self.plan)}"
+            message = f"the held-out loss is {metrics['loss']} in {place}. {_REMEDY}"
+            at_fault = rows_at_fault(share, totals["loss"])
+            raise self._left("held-out loss", message, place, rows, at_fault)
         self._judge(metrics)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.write_metrics(self.state.global_step, metrics)
@@ -224,11 +240,6 @@ class PlannedTrainer(Trainer, ABC):
         return metrics
 
     def _judge(self, metrics: dict[str, float]) -> None:
-        if not math.isfinite(metrics["loss"]):
-            raise TrainingError(
-                f"the held-out loss is {metrics['loss']} after step {self.state.global_step} of "
-                f"{len(self.plan)}. {_REMEDY}"
-            )
         improved = metrics["loss"] < self.lowest_loss
         if improved and self.best is not None:
             self.best.save(self.state.global_step)

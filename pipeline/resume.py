@@ -126,6 +126,17 @@ class States:
             own = State.read(folder / f"rank-{self.runtime.rank}")
         return Resumed(step, State.read(folder / "run"), own)
 
+    def forget_after(self, step: int) -> None:
+        """Remove the states of later steps, if there is an earlier one to go back to."""
+
+        def remove() -> None:
+            found = complete_states(self.folder)
+            if any(at <= step for at, _ in found):
+                for folder in (folder for at, folder in found if at > step):
+                    shutil.rmtree(folder, ignore_errors=True)
+
+        self.runtime.from_main(remove)
+
     def numbers_of_kept(self) -> list[Mapping[str, Any]]:
         """The run's numbers in each state that is whole, the newest first."""
         found = []

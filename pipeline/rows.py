@@ -1,9 +1,11 @@
 """Rows to train on, whatever a row is, and a process's share of each optimiser step."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from pipeline.row_order import Plan, share_of
@@ -27,12 +29,16 @@ class Rows(Protocol):
     def collate(self, rows: Sequence[int]) -> Any:
         """These rows as one micro-batch."""
 
+    def describe(self, row: int) -> Mapping[str, Any]:
+        """A row as people know it: its number, where it is from, its texts; for JSON."""
+
 
 @dataclass(frozen=True)
 class Step:
     """One process's share of one optimiser step."""
 
     batches: list[Any]
+    groups: list[list[int]]  # the rows of each batch
     weight: float  # 0 for a process without rows
     units: int  # of the whole step, over all processes
     rows: int  # of the whole step, over all processes
@@ -58,6 +64,7 @@ class StepDataset(Dataset[dict[str, Step]]):
         return {
             "step": Step(
                 batches=[self.rows.collate(group) for group in share],
+                groups=share,
                 weight=weight,
                 units=sum(self.rows.units[row] for row in chosen),
                 rows=len(chosen),
@@ -74,3 +81,9 @@ def share_or_filler(
     """
     share = share_of(chosen, rows.lengths, token_budget, rank, world_size)
     return (share, 1.0) if share else ([[chosen[0]]], 0.0)
+
+
+def rows_at_fault(groups: Sequence[Sequence[int]], sums: Sequence[Tensor]) -> list[int]:
+    """The rows of the micro-batches whose sum is not finite."""
+    finite = torch.stack(list(sums)).isfinite().tolist()
+    return [row for group, good in zip(groups, finite, strict=True) if not good for row in group]

@@ -1,10 +1,11 @@
 """What an engine takes and returns, and what it can promise."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from pipeline.models.trunk import Handle
+from pipeline.not_finite import NotFinite
 
 
 @dataclass(frozen=True)
@@ -63,3 +64,21 @@ class Engine(Protocol):
     ) -> Generations:
         """One response a row; `sample_indices` name the rows globally, for their noise."""
         ...
+
+
+def logits_not_finite(written: Mapping[int, Sequence[int]], handle: Handle) -> NotFinite:
+    """The error for rows whose next logits are NaN or infinite; `written` is what they had so far.
+
+    Rows count from 0, in the order of the prompts asked for.
+    """
+    row, ids = min(written.items())
+    rows = [
+        {"row": row, "response": handle.codec.text(list(ids)), "response_tokens": len(ids)}
+        for row, ids in sorted(written.items())
+    ]
+    return NotFinite(
+        "logits",
+        f"the model's logits are not finite at response token {len(ids)} of row {row}: its weights "
+        "have diverged",
+        rows,
+    )

@@ -5,6 +5,7 @@ leaves at once; when enough have left, waiting prompts take their places. Linear
 padding but that between the prompts of one prefill; logits are made where a token is sampled.
 """
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,8 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pipeline.errors import TrainingError
-from pipeline.generation.engine import Generations, Sampling
+from pipeline.generation.engine import Generations, Sampling, logits_not_finite
 from pipeline.generation.noise import gumbel, row_keys
 from pipeline.models.trunk import DecodeOutput, DecodeStep, Handle
 from pipeline.tensors import entropy, widen
@@ -218,14 +218,12 @@ class _Writing:
     def _write(self, rows: Sequence[_Row], numbers: list[list[float]]) -> None:
         out = self.out
         assert out.logprobs is not None and out.entropy is not None
+        bad = [row for row, x in zip(rows, numbers[1], strict=True) if not math.isfinite(x)]
+        if bad:
+            written = {row.number: out.response_ids[row.number] for row in bad}
+            raise logits_not_finite(written, self.handle)
         for place, row in enumerate(rows):
             token, logprob = int(numbers[0][place]), numbers[1][place]
-            if logprob != logprob:
-                raise TrainingError(
-                    f"the model's logits are not finite at response token "
-                    f"{len(out.response_ids[row.number])} of row {row.number}: "
-                    "its weights have diverged"
-                )
             row.length += 1
             out.response_ids[row.number].append(token)
             out.logprobs[row.number].append(logprob)

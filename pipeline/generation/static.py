@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.errors import TrainingError
 from pipeline.generation.caches import takes_padding
-from pipeline.generation.engine import Generations, Sampling
+from pipeline.generation.engine import Generations, Sampling, logits_not_finite
 from pipeline.generation.noise import gumbel, row_keys
 from pipeline.models.adapters import activate
 from pipeline.models.trunk import Handle
@@ -110,12 +109,10 @@ def _generate_batch(
     # What stands behind the first stop id is filler. Whether it is a pad id does not matter: a pad
     # id inside the text is a token like another.
     responses = [_until_stop(row, codec.stop_ids) for row in written[:, width:].tolist()]
-    for row, response, fault in zip(rows, responses, watch.first_fault.tolist(), strict=True):
-        if fault < len(response):
-            raise TrainingError(
-                f"the model's logits are not finite at response token {fault} of row {row}: its "
-                "weights have diverged"
-            )
+    faults = zip(rows, responses, watch.first_fault.tolist(), strict=True)
+    bad = {row: response[:fault] for row, response, fault in faults if fault < len(response)}
+    if bad:
+        raise logits_not_finite(bad, handle)
     return responses
 
 

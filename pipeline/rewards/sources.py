@@ -20,6 +20,7 @@ from pipeline.inference import infer
 from pipeline.models.loading import explain_load_errors, torch_dtype
 from pipeline.models.store import ModelStore, find_artifact
 from pipeline.models.trunk import Handle
+from pipeline.not_finite import NotFinite
 from pipeline.records import Prompt
 from pipeline.rewards.source import Completions, RewardSource
 
@@ -218,9 +219,11 @@ def checked(name: str, scores: Sequence[Any], completions: Completions) -> list[
         )
     bad = [row for row, value in enumerate(values) if not math.isfinite(value)]
     if bad:
-        raise TrainingError(
+        raise NotFinite(
+            "score",
             f"reward {name} returned {values[bad[0]]} for {len(bad)} of {len(values)} completions; "
-            f"the first is row {bad[0]}: {completions.texts[bad[0]]!r}"
+            f"the first is row {bad[0]}: {completions.texts[bad[0]]!r}",
+            [{"row": n, "response": completions.texts[n], "score": values[n]} for n in bad],
         )
     return values
 

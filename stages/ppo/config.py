@@ -175,8 +175,20 @@ class PpoOptimSection(OptimSection):
 
 
 class StopSection(Section):
-    """When the run has diverged: the stage then ends and keeps the best policy."""
+    """When the run has diverged, and what follows; the best policy is kept in any case."""
 
+    action: Literal["stop", "roll_back"] = Field(
+        "stop",
+        description="`stop` ends the run where a rule is broken; `roll_back` goes back to the "
+        "newest state with smaller learning rates, also where numbers are not finite, and stops "
+        "only after `max_rollbacks` of them.",
+    )
+    max_rollbacks: PositiveInt = Field(
+        2, description="With `action: roll_back`: how often; after that it is `stop`."
+    )
+    rollback_factor: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.5, description="With `action: roll_back`: multiplies the learning rates each time."
+    )
     max_kl: Positive | None = Field(
         100.0, description="Largest KL to the reference, in nats a response."
     )
@@ -191,6 +203,11 @@ class StopSection(Section):
     patience: PositiveInt = Field(
         3, description="Iterations in a row that must break a rule before the run stops."
     )
+
+    @property
+    def rules(self) -> dict[str, Any]:
+        """What `StopRules` is made of."""
+        return self.model_dump(exclude={"action", "max_rollbacks", "rollback_factor"})
 
 
 class HeldOutSection(Section):

@@ -110,7 +110,8 @@ def collect(
     """Sample one response a prompt (`prompt_ids` are its tokens) and measure it.
 
     Raises:
-        TrainingError: the policy's logits are not finite, or the reward source failed.
+        NotFinite: logits or scores; its rows count from 0 as the prompts do.
+        TrainingError: the reward source failed.
     """
     codec = policy.codec
     sampling = Sampling(

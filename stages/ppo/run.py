@@ -21,6 +21,7 @@ from pipeline.interruption import Interruption
 from pipeline.models.footprint import measure_at_first_step
 from pipeline.models.store import find_artifact
 from pipeline.models.trunk import Handle
+from pipeline.not_finite import NotFinite, leave, together
 from pipeline.progress import ProgressBar
 from pipeline.records import Prompt
 from pipeline.stage import Context, Summary
@@ -29,6 +30,7 @@ from stages.ppo.actor_critic import ActorCritic
 from stages.ppo.checkpoints import Checkpoints
 from stages.ppo.controllers import AdaptiveKl, FixedKl, KlController, StopRules
 from stages.ppo.experience import Experience, appraise, rollout_metrics
+from stages.ppo.faults import refuse_not_finite, with_samples, with_texts
 from stages.ppo.models import build_models, open_rewards, open_start
 from stages.ppo.rollout import HELD_OUT_STREAM, TRAINING_STREAM, PromptOrder, Rollout, collect
 from stages.ppo.samples import FixedTexts, SampleFiles
@@ -124,7 +126,9 @@ class Training:
         self.kl: KlController = FixedKl(section.kl_coef)
         if section.kl.controller == "adaptive":
             self.kl = AdaptiveKl(section.kl_coef, section.kl.target, section.kl.horizon)
-        self.stop_rules = StopRules(**section.stop.model_dump())
+        self.stop_rules = StopRules(**section.stop.rules)
+        self.set_rollbacks(0)
+        self.sampled = 0  # the last iteration whose rollouts are made
         self.checkpoints = Checkpoints(context, self.models.policy)
         codec, root = self.models.policy.codec, context.folder.root
         self.texts = FixedTexts(root / "texts.jsonl", codec, section.held_out.num_texts)
@@ -144,63 +148,105 @@ class Training:
         try:
             return self.iterate()
         except TrainingError as error:
+            found: TrainingError = error
+            if isinstance(error, NotFinite):
+                found = leave(error, self.context.folder.root, self.runtime)
             if self.checkpoints.best is None:
-                raise
-            raise TrainingError(
-                f"{str(error).rstrip('.')}. {self.checkpoints.best_so_far}"
-            ) from error
+                raise found from error
+            message = f"{str(found).rstrip('.')}. {self.checkpoints.best_so_far}"
+            raise TrainingError(message) from error
         finally:
             close_engine(self.engine)
 
     def iterate(self) -> Summary:
-        """Collect, appraise, update, log; evaluate now and then; stop if the policy diverges."""
-        done, started, metrics = state.restore(self) or self.start()
-        iteration, stopped = done, None
+        """Iterate to the end, or until the policy diverges once more than it may be rolled back."""
+        reached, stopped = state.restore(self) or self.start(), None
         shown = self.context.console if self.runtime.is_main else None
         with (
             Interruption(shown, self.runtime.any_of) as interruption,
             ProgressBar(shown, "PPO", self.section.iterations) as bar,
         ):
-            for iteration in range(done + 1, self.section.iterations + 1):
-                clock = [time.perf_counter()]
-                rollout = self.collect(iteration)
-                clock.append(time.perf_counter())
-                experience = appraise(
-                    rollout, self.kl.coef, self.section.advantage, self.runtime.all_sum
-                )
-                metrics = self.update(experience, iteration)
-                clock.append(time.perf_counter())
-                metrics |= {
-                    "seconds_collect": clock[1] - clock[0],
-                    "seconds_update": clock[2] - clock[1],
-                }
-                stopped = self.stop_reason(metrics)
-                self.log(experience, metrics, iteration, last=stopped is not None)
-                bar.step(iteration, _bar_numbers(metrics))
-                if stopped:
-                    self.context.console.print(
-                        f"[yellow]ppo stopped after iteration {iteration}: {stopped}. The best "
-                        f"policy is kept. Raise ppo.kl_coef or lower ppo.optim.learning_rate.[/]"
-                    )
-                    break
-                asked = iteration < self.section.iterations and interruption.asked()
-                if asked or iteration % self.section.checkpoint_every == 0:
-                    state.save(self, state.Reached(iteration, started, metrics))
-                if asked:
-                    raise interruption.stop("ppo", iteration)
-        return self.finish(started, metrics, iteration, stopped)
+            while reached.iteration < self.section.iterations and not stopped:
+                try:
+                    reached, stopped = self.iteration(reached)
+                except NotFinite as error:
+                    if not self.may_roll_back:
+                        raise
+                    found = leave(error, self.context.folder.root, self.runtime)
+                    # In sampling, it is the policy that the last iteration left.
+                    in_update = self.sampled > reached.iteration
+                    good = reached.iteration - (0 if in_update else 1)
+                    reached = state.roll_back(self, str(found), good)
+                    continue
+                bar.step(reached.iteration, _bar_numbers(reached.ended))
+                if stopped and self.may_roll_back:
+                    broken = max(self.stop_rules.broken.values())
+                    # The first iteration that broke a rule sampled from the policy before it.
+                    good = reached.iteration - broken - 1
+                    reached, stopped = state.roll_back(self, stopped, good), None
+                elif not stopped:
+                    self.save_or_stop(reached, interruption)
+        if stopped:
+            self.context.console.print(
+                f"[yellow]ppo stopped after iteration {reached.iteration}: {stopped}. The best "
+                f"policy is kept. Raise ppo.kl_coef or lower ppo.optim.learning_rate.[/]"
+            )
+        return self.finish(reached, stopped)
+
+    def iteration(self, reached: state.Reached) -> tuple[state.Reached, str | None]:
+        """Collect, appraise, update, log; evaluate now and then; why to stop, if the run must."""
+        iteration = reached.iteration + 1
+        clock = [time.perf_counter()]
+        rollout = self.collect(iteration)
+        self.sampled = iteration
+        clock.append(time.perf_counter())
+        experience = appraise(rollout, self.kl.coef, self.section.advantage, self.runtime.all_sum)
+        metrics = self.update(experience, iteration)
+        clock.append(time.perf_counter())
+        metrics |= {"seconds_collect": clock[1] - clock[0], "seconds_update": clock[2] - clock[1]}
+        stopped = self.stop_reason(metrics)
+        last = stopped is not None and not self.may_roll_back
+        self.log(experience, metrics, iteration, last=last)
+        return state.Reached(iteration, reached.started, metrics), stopped
+
+    def save_or_stop(self, reached: state.Reached, interruption: Interruption) -> None:
+        """Save the state when it is due or the run was asked to stop; then raise `Interrupted`."""
+        iteration, ends = reached.iteration, reached.iteration == self.section.iterations
+        asked = not ends and interruption.asked()
+        due = iteration % self.section.checkpoint_every == 0
+        # A policy that may be diverging is none to go back to.
+        suspect = self.section.stop.action == "roll_back" and bool(self.stop_rules.broken)
+        if asked or (due and not suspect):
+            state.save(self, reached)
+        if asked:
+            raise interruption.stop("ppo", iteration)
+
+    @property
+    def may_roll_back(self) -> bool:
+        """Whether a divergence leads back to a state, not to the end."""
+        stop, has_states = self.section.stop, self.context.states is not None
+        return has_states and stop.action == "roll_back" and self.rollbacks < stop.max_rollbacks
+
+    def set_rollbacks(self, count: int) -> None:
+        """So many roll-backs there have been; learning rates follow."""
+        self.rollbacks = count
+        self.updater.rate_scale = self.section.stop.rollback_factor**count
 
     def start(self) -> state.Reached:
         """Evaluate and log the policy that the run starts from."""
         started = self.evaluate(0)
         self.context.tracker.log(0, started)
-        return state.Reached(0, started, started)
+        reached = state.Reached(0, started, started)
+        if self.section.stop.action == "roll_back":
+            state.save(self, reached)  # so that there is something to go back to
+        return reached
 
     def collect(self, iteration: int) -> Rollout:
         """Sample and score this process's share of the iteration's prompts."""
         rank, world_size = self.runtime.rank, self.runtime.world_size
         prompts, indices = self.order.draw(iteration - 1, self.section.rollout, rank, world_size)
-        return self._ask(prompts, indices, self.models.value, "rollouts", TRAINING_STREAM)
+        place = f"rollouts of iteration {iteration}"
+        return self._ask(prompts, indices, self.models.value, place, "rollouts", TRAINING_STREAM)
 
     def update(self, experience: Experience, iteration: int) -> dict[str, float]:
         """One update of policy and value, or of the value alone while it warms up."""
@@ -213,7 +259,13 @@ class Training:
         )
         metrics["explained_variance"] = experience.explained_variance
         metrics["kl_coef"] = self.kl.coef
-        steps = self.updater.update(experience, iteration, train_policy=warm)
+        if self.section.stop.action == "roll_back":
+            metrics["rollbacks"] = float(self.rollbacks)
+        try:
+            steps = self.updater.update(experience, iteration, train_policy=warm)
+        except NotFinite as error:
+            codec = self.models.policy.codec
+            raise with_samples(error, experience, iteration, codec) from error
         if warm:
             self.kl.update(metrics["kl"], self.section.rollout.num_rollouts)
         return metrics | update_metrics(steps) | self.updater.learning_rates()
@@ -227,7 +279,8 @@ class Training:
         """Score held-out prompts with the same noise each time; keep the policy if it is best."""
         rows = list(self.runtime.share(len(self.held_out)))
         asked = [self.held_out[row] for row in rows]
-        rollout = self._ask(asked, rows, None, "held out", HELD_OUT_STREAM)
+        place = f"evaluation after iteration {iteration}"
+        rollout = self._ask(asked, rows, None, place, "held out", HELD_OUT_STREAM)
         if self.runtime.is_main:
             self.texts.write(rollout, iteration)
         metrics = rollout_metrics(rollout, self.section.kl, self.runtime.all_sum)
@@ -248,14 +301,9 @@ class Training:
             metrics |= self.evaluate(iteration)
         self.context.tracker.log(iteration, metrics)
 
-    def finish(
-        self,
-        started: Mapping[str, float],
-        ended: Mapping[str, float],
-        iteration: int,
-        stopped: str | None,
-    ) -> Summary:
+    def finish(self, reached: state.Reached, stopped: str | None) -> Summary:
         """Leave the chosen policy as the artifact, hand the trunk on, return key numbers."""
+        iteration, started, ended = reached
         self.models.policy.trunk.freeze()
         self.models.release_value()
         keep_best = self.section.keep == "best" or stopped is not None
@@ -269,6 +317,7 @@ class Training:
             "held_out_reward_best": self.checkpoints.best[1],
             **{name: ended[name] for name in ended if name.startswith("held_out_")},
             **{name: ended[name] for name in ("kl", "eos_rate", "kl_coef") if name in ended},
+            **({"rollbacks": self.rollbacks} if self.rollbacks else {}),
             **({"stopped": stopped} if stopped else {}),
             **self.cuts,
         }
@@ -291,12 +340,14 @@ class Training:
         prompts: Sequence[Prompt],
         indices: Sequence[int],
         value: Handle | None,
+        place: str,
         seed: str,
         stream: int,
     ) -> Rollout:
-        """Sample and score responses to `prompts`."""
-        with self.runtime.autocast():
-            return collect(
+        """Sample and score responses to `prompts`; all processes raise if one has to."""
+
+        def work() -> Rollout:
+            rollout = collect(
                 self.models.policy,
                 self.models.reference,
                 value,
@@ -310,6 +361,12 @@ class Training:
                 stream=stream,
                 reward_clip=self.section.advantage.reward_clip,
             )
+            refuse_not_finite(rollout)
+            return rollout
+
+        codec = self.models.policy.codec
+        with self.runtime.autocast():
+            return together(lambda: with_texts(work, place, prompts, indices, codec), self.runtime)
 
     def _demonstrations(self) -> list[Ragged]:
         if not self.section.optim.ptx_coef:

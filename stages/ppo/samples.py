@@ -61,6 +61,7 @@ class SampleFiles:
         if rows:
             self.table = pq.read_table(newest, schema=SCHEMA).slice(0, rows)
         else:
+            self.table = SCHEMA.empty_table()
             newest.unlink(missing_ok=True)
         later = number + 1
         while self._path(later).exists():

@@ -8,6 +8,9 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from rich.markup import escape
+
+from pipeline.errors import CheckpointError
 from pipeline.resume import State, random_state, restore_random
 
 if TYPE_CHECKING:
@@ -34,6 +37,7 @@ def save(training: "Training", reached: Reached) -> None:
         "ended": dict(reached.ended),
         "kl_coef": training.kl.coef,
         "stop_rules": {name: asdict(training.stop_rules)[name] for name in ("first", "broken")},
+        "rollbacks": training.rollbacks,
         "best": training.checkpoints.best,
         "texts": len(training.texts.lines),
     }
@@ -63,6 +67,7 @@ def restore(training: "Training") -> Reached | None:
     training.kl.coef = numbers["kl_coef"]
     for name, value in numbers["stop_rules"].items():
         setattr(training.stop_rules, name, value)
+    training.set_rollbacks(numbers["rollbacks"])
     iteration, reward = numbers["best"]
     bests = [kept["best"][0] for kept in reversed(context.states.numbers_of_kept())]
     training.checkpoints.restore((iteration, reward), bests)
@@ -78,3 +83,28 @@ def restore(training: "Training") -> Reached | None:
         if training.samples is not None:
             training.samples.restore(**found.own.numbers["samples"])
     return Reached(found.step, numbers["started"], numbers["ended"])
+
+
+def roll_back(training: "Training", reason: str, good: int) -> Reached:
+    """Go back to the newest good state, with smaller learning rates from there on.
+
+    `good`: the last iteration whose policy gave no sign of what is wrong now. A policy is seen by
+    what it samples in the iteration after it, so that a state may be bad when it is saved.
+
+    Raises:
+        CheckpointError: no state is whole.
+    """
+    stop, count = training.section.stop, training.rollbacks + 1
+    states = training.context.states
+    assert states is not None
+    states.forget_after(good)
+    reached = restore(training)
+    if reached is None:
+        raise CheckpointError(f"{reason}. No state is left to roll back to")
+    training.set_rollbacks(count)
+    training.stop_rules.broken = {}  # smaller steps have all of `patience` to prove themselves
+    training.context.console.print(
+        f"[yellow]ppo goes back to iteration {reached.iteration}, with learning rates times "
+        f"{stop.rollback_factor:g} (roll-back {count} of {stop.max_rollbacks}): {escape(reason)}[/]"
+    )
+    return reached

@@ -6,6 +6,7 @@ with one forward; what is trainable is fixed before it is wrapped. Their gradien
 apart: a large value error never shrinks the policy's step.
 """
 
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -16,7 +17,6 @@ from torch import Tensor, nn
 
 from pipeline.batches import TokenBatch, micro_batches
 from pipeline.distributed import Runtime
-from pipeline.errors import TrainingError
 from pipeline.out_of_memory import halving, release_freed_memory
 from pipeline.resume import restore_training_tensors, training_tensors
 from pipeline.tensors import masked_sum
@@ -24,6 +24,7 @@ from stages.ppo.actor_critic import ActorCritic
 from stages.ppo.config import PpoOptimSection
 from stages.ppo.controllers import schedule_factor
 from stages.ppo.experience import Experience
+from stages.ppo.faults import demonstration_fault, gradient_fault, loss_fault
 from stages.ppo.losses import SUMS, losses, together
 
 Ragged = tuple[list[int], list[int]]  # prompt ids, response ids
@@ -61,7 +62,8 @@ class Updater:
         self.iterations = iterations
         self.temperature = temperature
         self.demonstrations = demonstrations
-        self.pad_id = actor_critic.policy.codec.pad_id
+        self.codec = actor_critic.policy.codec
+        self.pad_id = self.codec.pad_id
         trunk = actor_critic.policy.trunk
         # Tokens of a micro-batch; halved where memory runs out.
         self.micro_batch_tokens = trunk.token_budget(section.micro_batch_tokens)
@@ -77,6 +79,7 @@ class Updater:
             "policy": section.learning_rate,
             "value": section.value_learning_rate or section.learning_rate,
         }
+        self.rate_scale = 1.0  # of all learning rates, after a roll-back
         optimiser = torch.optim.AdamW(
             [
                 {"params": parameters, "lr": self.peak_rates[name], "name": name}
@@ -102,7 +105,8 @@ class Updater:
         approximate KL to the policy that sampled is above `target_kl`; it is last in the list.
 
         Raises:
-            TrainingError: a loss or gradient is not finite; the weights are those before the step.
+            NotFinite: a loss or gradient, in any process; the weights are those before the step.
+                All processes raise it, each with its own rows at fault.
         """
         self._set_learning_rates(iteration)
         release_freed_memory()  # what sampling and scoring used, before gradients need more
@@ -126,7 +130,7 @@ class Updater:
                 target = self.section.target_kl
                 if target is not None and approx_kl > target:
                     return [*steps, Step(tokens, sums, ratio_max, {})]
-                norms = self._step(train_policy, place)
+                norms = self._step(train_policy, place, experience, rows)
                 steps.append(Step(tokens, sums, ratio_max, norms))
         return steps
 
@@ -167,7 +171,7 @@ class Updater:
         warmup = round(self.section.warmup_fraction * self.iterations)
         factor = schedule_factor(self.section.schedule, iteration - 1, self.iterations, warmup)
         for group in self.optimiser.param_groups:
-            group["lr"] = self.peak_rates[group["name"]] * factor
+            group["lr"] = self.peak_rates[group["name"]] * factor * self.rate_scale
 
     def _minibatches(
         self, experience: Experience, iteration: int, epoch: int
@@ -200,7 +204,7 @@ class Updater:
             self._zero_gradients(train_policy)
             found = self._accumulate(experience, rows, train_policy, place)
             if demonstrations is not None:
-                self._accumulate_demonstrations(demonstrations)
+                self._accumulate_demonstrations(demonstrations, place)
             return found
 
         remedy = (
@@ -242,11 +246,14 @@ class Updater:
                 sums.append(found * weight)
                 del loss  # and with it the activations, before those of the next pass
             measured.append(reduce(together, sums))
-        self._refuse_not_finite(experience, measured, rows, parts, place)
         stacked = torch.stack(measured)
         totals = self.runtime.all_sum(stacked[:, :-1].sum(0)).tolist()
-        ratio_max = max(self.runtime.gather_objects([float(stacked[:, -1].max())]))
-        return tokens, dict(zip(SUMS, totals, strict=True)), ratio_max
+        ratios = self.runtime.gather_objects([float(stacked[:, -1].max())])
+        # Sums over processes: where one number is not finite, every process comes to know it.
+        if not all(map(math.isfinite, [*totals, *ratios])):
+            indices = [experience.rollout.sample_indices[row] for row in rows]
+            raise loss_fault(stacked, parts, indices, place, self.runtime.gather_objects)
+        return tokens, dict(zip(SUMS, totals, strict=True)), max(ratios)
 
     def _micro_batches(self, lengths: Sequence[int]) -> list[list[int]]:
         return micro_batches(lengths, self.micro_batch_tokens, packed=self.packs)
@@ -281,7 +288,7 @@ class Updater:
         drawn = np.random.default_rng(stream).integers(len(self.demonstrations), size=count)
         return [self.demonstrations[drawn[i]] for i in self.runtime.share(count)]
 
-    def _accumulate_demonstrations(self, drawn: list[Ragged]) -> None:
+    def _accumulate_demonstrations(self, drawn: list[Ragged], place: str) -> None:
         """Gradients of ptx_coef x mean NLL of drawn demonstrations (InstructGPT, eq. 2)."""
         local_tokens = sum(len(response) for _, response in drawn)
         tokens = float(self.runtime.all_sum(torch.tensor(local_tokens)))
@@ -289,19 +296,28 @@ class Updater:
         prompts, responses = zip(*(drawn or self.demonstrations[:1]), strict=True)
         batch = TokenBatch.from_ragged(prompts, responses, self.pad_id)
         parts = self._micro_batches(batch.lengths)
+        losses: list[Tensor] = []
         for position, rows in enumerate(parts):
             part = batch.take(rows)
             with self.runtime.reducing(self.module, position == len(parts) - 1):
                 with self.runtime.autocast():
                     # A language-model loss: at temperature 1 whatever the policy is sampled with.
                     logprobs = self.module(part, ["logprobs"]).logprobs
-                self._backward(-masked_sum(logprobs, part.response_mask) * weight)
+                loss = -masked_sum(logprobs, part.response_mask)
+                self._backward(loss * weight)
+            losses.append(loss.detach())
+        found = torch.stack(losses)
+        if not math.isfinite(float(self.runtime.all_sum(found.sum()))):
+            pairs = drawn or self.demonstrations[:1]
+            raise demonstration_fault(found, parts, pairs, place, self.codec)
 
     def _backward(self, loss: Tensor) -> None:
         # DDP averages gradients over processes; ours are already shares of a global mean.
         self.runtime.backward(loss * self.runtime.world_size)
 
-    def _step(self, train_policy: bool, place: str) -> dict[str, float]:
+    def _step(
+        self, train_policy: bool, place: str, experience: Experience, rows: list[int]
+    ) -> dict[str, float]:
         if not train_policy:
             # A value head on the policy's trunk sends gradient into the policy too.
             for parameter in self.groups["policy"]:
@@ -312,35 +328,11 @@ class Updater:
             if train_policy or name == "value"
         }
         for name, norm in norms.items():
-            if not np.isfinite(norm):
-                raise TrainingError(
-                    f"ppo: the {name} gradient is {norm} in {place}; no step was taken. "
-                    "Lower ppo.optim.learning_rate, or train in float32."
-                )
+            if not math.isfinite(norm):
+                indices = experience.rollout.sample_indices
+                raise gradient_fault(name, norm, [indices[row] for row in rows], place)
         self.optimiser.step()
         return norms
-
-    def _refuse_not_finite(
-        self,
-        experience: Experience,
-        measured: list[Tensor],
-        rows: list[int],
-        parts: list[list[int]],
-        place: str,
-    ) -> None:
-        """Name the first loss or ratio that is NaN or infinite, and the rows it came from."""
-        finite = torch.stack(measured).isfinite()
-        if bool(finite.all()):
-            return
-        part = int((~finite).any(1).nonzero()[0])
-        name = [*SUMS, "ratio_max"][int((~finite[part]).nonzero()[0])]
-        indices = sorted(experience.rollout.sample_indices[rows[row]] for row in parts[part])
-        raise TrainingError(
-            f"ppo: {name} is not finite in {place}, among the samples {indices[:8]}"
-            f"{' ...' if len(indices) > 8 else ''}; no step was taken. Lower "
-            "ppo.optim.learning_rate or ppo.optim.ppo_epochs, or clip scores "
-            "(ppo.advantage.reward_clip)."
-        )
 
 
 def update_metrics(steps: Sequence[Step]) -> dict[str, float]:

@@ -3,12 +3,14 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pipeline.batches import TokenBatch
 from pipeline.codec import Codec
+from pipeline.not_finite import prompt_json
 from pipeline.records import Ranking
 from pipeline.tensors import send
 
@@ -107,9 +109,13 @@ class RankingBatch:
 class RankingRows:
     """Rankings as rows of a trainer: each is one unit of loss, its responses never parted."""
 
-    def __init__(self, rankings: Sequence[EncodedRanking], pad_id: int) -> None:
+    def __init__(
+        self, rankings: Sequence[EncodedRanking], pad_id: int, records: Sequence[Ranking] = ()
+    ) -> None:
+        """`records`: the texts of the rankings, where somebody may ask for them."""
         assert all(len(set(ranking.ranks)) > 1 for ranking in rankings), "a ranking without pairs"
         self.rankings = rankings
+        self.records = records
         self.pad_id = pad_id
         self.lengths = [len(ranking.ranks) * ranking.longest for ranking in rankings]
         self.units = [1] * len(rankings)
@@ -117,6 +123,19 @@ class RankingRows:
     def collate(self, rows: Sequence[int]) -> RankingBatch:
         """These rankings as one micro-batch."""
         return RankingBatch.collate([self.rankings[row] for row in rows], self.pad_id)
+
+    def describe(self, row: int) -> dict[str, Any]:
+        """Its number among the training (or held-out) rows, origin, texts and ranks."""
+        if not self.records:
+            return {"row": row}
+        record = self.records[row]
+        return {
+            "row": row,
+            "origin": record.origin,
+            "prompt": prompt_json(record.prompt),
+            "responses": list(record.responses),
+            "ranks": list(record.ranks),
+        }
 
     def __len__(self) -> int:
         return len(self.rankings)

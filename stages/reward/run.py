@@ -145,6 +145,7 @@ def train_handle(
     `sft` is in memory too, where the stage needs it; it counts in `memory.json`.
     """
     section, pad_id = context.config.reward, handle.codec.pad_id
+    records = context.corpus.rankings
     for parameter in handle.parameters():
         parameter.requires_grad_(True)
     model = handle.trunk.model
@@ -156,8 +157,8 @@ def train_handle(
         section,
         context.config.run,
         context.folder.root,
-        RankingRows(train, pad_id),
-        RankingRows(held_out, pad_id) if held_out else None,
+        RankingRows(train, pad_id, records.train),
+        RankingRows(held_out, pad_id, records.held_out) if held_out else None,
         context.tracker.log,
         context.console,
         context.states,

@@ -132,7 +132,7 @@ def train_handle(
 def tokenised(codec: Codec, demonstrations: Sequence[Demonstration]) -> DemonstrationRows:
     """Demonstrations as rows of token ids."""
     pairs = [codec.pair_ids(row.prompt, row.response) for row in demonstrations]
-    return DemonstrationRows(pairs, codec.pad_id)
+    return DemonstrationRows(pairs, codec.pad_id, demonstrations)
 
 
 def tokenizer_texts(demonstrations: Sequence[Demonstration]) -> list[str]:

@@ -15,6 +15,8 @@ from pipeline.batches import TokenBatch
 from pipeline.fit_config import FitSection
 from pipeline.hf_trainer import PlannedTrainer
 from pipeline.models.trunk import Role, Trunk
+from pipeline.not_finite import prompt_json
+from pipeline.records import Demonstration
 
 Pair = tuple[list[int], list[int]]  # token ids of a prompt and of its response
 
@@ -22,8 +24,12 @@ Pair = tuple[list[int], list[int]]  # token ids of a prompt and of its response
 class DemonstrationRows:
     """Demonstrations as token ids; a unit of loss is a response token, its end included."""
 
-    def __init__(self, pairs: Sequence[Pair], pad_id: int) -> None:
+    def __init__(
+        self, pairs: Sequence[Pair], pad_id: int, records: Sequence[Demonstration] = ()
+    ) -> None:
+        """`records`: the texts of the pairs, where somebody may ask for them."""
         self.pairs = pairs
+        self.records = records
         self.pad_id = pad_id
         self.lengths = [len(prompt) + len(response) for prompt, response in pairs]
         self.units = [len(response) for _, response in pairs]
@@ -35,6 +41,15 @@ class DemonstrationRows:
         """These demonstrations as one padded batch."""
         prompts, responses = zip(*(self.pairs[row] for row in rows), strict=True)
         return TokenBatch.from_ragged(prompts, responses, self.pad_id)
+
+    def describe(self, row: int) -> dict[str, Any]:
+        """Its number among the training (or held-out) rows, origin and texts."""
+        if not self.records:
+            return {"row": row}
+        record = self.records[row]
+        prompt = prompt_json(record.prompt)
+        texts = {"origin": record.origin, "prompt": prompt, "response": record.response}
+        return {"row": row, **texts}
 
 
 class SftTrainer(PlannedTrainer):

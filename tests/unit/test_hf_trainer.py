@@ -67,6 +67,9 @@ class PointRows:
     def collate(self, rows: Sequence[int]) -> Points:
         return Points(torch.cat([self.x[r] for r in rows]), torch.cat([self.y[r] for r in rows]))
 
+    def describe(self, row: int) -> dict[str, int]:
+        return {"row": row}
+
 
 class SquaredError(PlannedTrainer):
     def loss_sum(self, model: nn.Module, batch: Points) -> Tensor:

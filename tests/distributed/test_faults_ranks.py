@@ -1,0 +1,69 @@
+"""Faults that one process of two meets: both end, or both go back, and neither waits for ever."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.tiny_chain import ROOT, rlhf, rows, write_config
+
+pytestmark = pytest.mark.slow
+# NaN from the third call on, for the last row of rank 1: held-out prompts are scored first, then
+# the rollouts of iterations 1 and 2. With FAULTS=1 that one call is the only one.
+JUDGE = """
+import os
+calls = 0
+def score(completions, **rest):
+    global calls; calls += 1
+    bad = os.environ["RANK"] == "1" and (calls == 3 if os.environ["FAULTS"] == "1" else calls > 2)
+    scores = [float(len(text)) for text in completions]
+    return [*scores[:-1], float("nan")] if bad else scores
+"""
+
+
+@pytest.fixture
+def two(tmp_path, monkeypatch):
+    write_config(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    rlhf("sft", "run.name=parents")
+    (tmp_path / "judge.py").write_text(JUDGE)
+
+    def start(*arguments: str, faults: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "stages", "ppo", "c.yaml", "--from", "runs/parents"]
+        environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "300"}
+        return subprocess.run(
+            [*command, *arguments, "ppo.held_out.every=10", "--launch", "cpu2"], cwd=tmp_path,
+            env=os.environ | environment | {"FAULTS": faults}, capture_output=True, text=True,
+            timeout=120,
+        )  # fmt: skip
+
+    return start
+
+
+def left(stage: Path) -> list[dict]:
+    return json.loads((stage / "not_finite.json").read_text())["rows"]
+
+
+def test_a_score_of_one_process_ends_both(two, tmp_path):
+    begin = time.monotonic()
+    done = two("run.name=r", faults="many")
+    assert time.monotonic() - begin < 60
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stderr.count("ppo, rollouts of iteration 2: reward score returned nan") == 1
+    assert "runs/r/ppo/not_finite.json" in done.stderr and "Traceback" not in done.stderr
+    # Iteration 2 asks samples 4 to 7; rank 1 has 5 and 7.
+    (row,) = left(tmp_path / "runs/r/ppo")
+    assert row["sample_index"] == 7 and row["score"] == "nan" and row["prompt"]
+
+
+def test_both_go_back_and_go_on(two, tmp_path):
+    done = two("run.name=r", "ppo.stop.action=roll_back", faults="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("ppo goes back to iteration 0") == 1
+    found = rows(tmp_path / "runs/r/ppo")
+    assert [row["step"] for row in found] == list(range(7))
+    assert [row["rollbacks"] for row in found[1:]] == [1] * 6
