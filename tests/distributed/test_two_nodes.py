@@ -122,12 +122,17 @@ def launched(
         yield launchers
     finally:
         for launcher in launchers:
-            if launcher.poll() is None:
-                launcher.terminate()
-                try:
-                    launcher.communicate(timeout=40)
-                except subprocess.TimeoutExpired:
-                    launcher.kill()
+            end(launcher)
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    """End a process that still runs, and what it has started."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.communicate(timeout=40)
+        except subprocess.TimeoutExpired:
+            process.kill()
 
 
 def by_two_nodes(nodes: list[Node], folder: Path, *arguments: str) -> list[str]:
@@ -210,3 +215,71 @@ def test_nodes_stop_together(nodes, tmp_path):
     assert f"going on after step {step}" in texts[0]
     assert time.monotonic() - began < 60
     assert all(launcher.returncode for launcher in launchers)
+
+
+# Runs a command on each node, as srun does: a node's number in SLURM_NODEID, signals passed on.
+SRUN = """
+import json, os, signal, subprocess, sys
+from pathlib import Path
+
+command = sys.argv[1:]
+while command[0].startswith("--"):
+    command = command[1:]
+steps = []
+for number, inside in enumerate(json.loads(Path("nodes.json").read_text())):
+    environment = os.environ | {"SLURM_NODEID": str(number)}
+    steps.append(subprocess.Popen([*inside, *command], env=environment))
+signal.signal(signal.SIGTERM, lambda *_: [step.terminate() for step in steps])
+sys.exit(max(step.wait() for step in steps))
+"""
+SCONTROL = f"""
+import sys
+if sys.argv[1] == "show":
+    print(*{ADDRESSES}, sep="\\n")
+else:
+    print("queued again:", sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_the_slurm_script_stops_and_goes_on(nodes, tmp_path):
+    """docs/slurm/ppo-ddp.sbatch on two nodes, with stand-ins for srun and scontrol."""
+    (tmp_path / "c.yaml").write_text(CONFIG)
+    settings = [*FORM, "ppo.iterations=30", "sft.max_steps=2", "reward.max_steps=2"]
+    for verb in ("sft", "reward"):
+        done = rlhf(tmp_path, verb, "c.yaml", *settings, "run.name=parents")
+        assert done.returncode == 0, done.stdout + done.stderr
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "nodes.json").write_text(json.dumps([node.inside for node in nodes]))
+    for name, code in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (tmp_path / name).write_text(f"#!{sys.executable}\n{code}")
+        (tmp_path / name).chmod(0o755)
+    here = {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]"}
+    here |= {"SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "1", "GLOO_SOCKET_IFNAME": INTERFACE}
+    path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    script = [str(ROOT / "docs/slurm/ppo-ddp.sbatch"), "c.yaml", *settings, "run.device=cpu"]
+
+    @contextmanager
+    def job() -> Iterator[subprocess.Popen[str]]:
+        process = subprocess.Popen(
+            ["bash", *script, "--from", "runs/parents"],
+            env=ENVIRONMENT | here | {"PATH": path}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        try:
+            yield process
+        finally:
+            end(process)
+
+    with job() as first:
+        wait_for_steps(tmp_path / "runs/one/ppo/metrics.jsonl", 2, [first])
+        first.terminate()
+        text = first.communicate(timeout=90)[0]
+    assert first.returncode not in (0, 143), text  # srun's code, not that of the interrupted wait
+    assert "ppo: stopped after step" in text
+    assert text.count("queued again: ['requeue', '7']") == 1, text
+    with job() as second:
+        text = second.communicate(timeout=150)[0]
+    assert second.returncode == 0, text
+    assert "going on after step" in text and "queued again" not in text
+    assert len(rows(tmp_path / "runs/one/ppo/metrics.jsonl")) == 31
