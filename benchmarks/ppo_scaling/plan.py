@@ -158,10 +158,15 @@ class Static:
         if strategy == "fsdp2":
             weights /= gpus
         if strategy in ("fsdp2", "zero2"):
-            gradients, moments = gradients / gpus + BUCKET, moments / gpus
-        else:
-            gradients *= 2  # DDP reduces copies of them in its buckets
-        return {"weights": weights, "gradients": gradients, "moments": moments}
+            gradients, moments = gradients / gpus, moments / gpus
+        # DDP's buckets are copies of all gradients, and stay (measured: RESULTS.md).
+        buckets = self.trained if strategy == "ddp" else BUCKET
+        return {
+            "weights": weights,
+            "gradients": gradients,
+            "buckets": buckets,
+            "moments": moments,
+        }
 
 
 def static(job: Job) -> Static:
@@ -221,7 +226,7 @@ def whole(job: Job) -> float:
 def peaks(job: Job, cluster: Cluster, strategy: Strategy) -> dict[str, float]:
     """Bytes of a GPU by phase. Gradients are there in updates alone."""
     parts = static(job).of(strategy, cluster.gpus)
-    resting = parts["weights"] + parts["moments"] + cluster.spared
+    resting = parts["weights"] + parts["moments"] + parts["buckets"] + cluster.spared
     found = {name: resting + size for name, size in working(job, cluster, strategy).items()}
     found["update"] += parts["gradients"]
     return found

@@ -42,8 +42,8 @@ def plans() -> Iterator[tuple[Job, Cluster]]:
 
 
 def memory_table() -> str:
-    """GB of a GPU: what rests there, and the peak of each phase."""
-    header = ["model", "tuning", "GPUs", "strategy", "weights", "gradients", "Adam"]
+    """GB of a GPU: what lies there, and the peak of each phase; bold: it does not fit."""
+    header = ["model", "tuning", "GPUs", "strategy", "weights", "gradients", "buckets", "Adam"]
     header += [f"peak in {phase}" for phase in PHASES]
     rows = []
     for job, cluster in plans():
@@ -52,7 +52,7 @@ def memory_table() -> str:
         for strategy in STRATEGIES:
             parts = static(job).of(strategy, cluster.gpus)
             cells = [job.model.name, _tuning(job), str(cluster.gpus), strategy]
-            cells += [_gb(parts[name]) for name in ("weights", "gradients", "moments")]
+            cells += [_gb(parts[name]) for name in ("weights", "gradients", "buckets", "moments")]
             found = peaks(job, cluster, strategy)
             cells += [_gb(found[phase], cluster.memory) for phase in PHASES]
             rows.append(cells)

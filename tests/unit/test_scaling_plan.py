@@ -74,8 +74,9 @@ def test_strategies_divide() -> None:
     """DDP keeps gradients twice; ZeRO-2 divides gradients and moments, FSDP2 weights too."""
     full = static(FULL)
     weights = 10_816 + 10_496
-    assert full.of("ddp", 4) == {"weights": weights, "gradients": 20_992, "moments": 20_992}
-    divided = {"gradients": 2624 + BUCKET, "moments": 5248}
+    whole = {"gradients": 10_496, "buckets": 10_496, "moments": 20_992}
+    assert full.of("ddp", 4) == {"weights": weights, **whole}
+    divided = {"gradients": 2624, "buckets": BUCKET, "moments": 5248}
     assert full.of("zero2", 4) == {"weights": weights, **divided}
     assert full.of("fsdp2", 4) == {"weights": weights / 4, **divided}
 
@@ -100,8 +101,9 @@ def test_working_memory() -> None:
 def test_peaks_add_up() -> None:
     """Gradients count in updates alone."""
     found, parts = peaks(FULL, FOUR, "ddp"), working(FULL, FOUR, "ddp")
-    assert found["rollout"] == parts["rollout"] + 21_312 + 20_992
-    assert found["update"] == parts["update"] + 21_312 + 2 * 20_992
+    resting = 21_312 + 20_992 + 10_496  # weights, moments, buckets
+    assert found["rollout"] == parts["rollout"] + resting
+    assert found["update"] == parts["update"] + resting + 10_496
 
 
 def test_bytes_that_a_process_sends() -> None:
