@@ -256,6 +256,8 @@ class Chain:
             summary = stage.run(context)
         finally:
             tracker.close()
+            if self.runtime.shards:
+                self.store.forget_sharded()
         seconds = time.perf_counter() - started
         if self.runtime.is_main and own.memory_json.exists():
             footprint.record(own.memory_json, peak=footprint.peaks())
@@ -299,7 +301,12 @@ class Chain:
         """The models in memory."""
         from pipeline.models.store import ModelStore
 
-        return ModelStore(self.config.model, self.config.data, self.runtime.device)
+        return ModelStore(
+            self.config.model,
+            self.config.data,
+            self.runtime.device,
+            shards=self.runtime.shards,
+        )
 
     def _describe(self) -> None:
         from pipeline.yaml_config import dump_config

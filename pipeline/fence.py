@@ -1,10 +1,13 @@
 """What keeps a library trainer from leaving traces in a model, and the best weights for later."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from pipeline.distributed.sharding import Part, is_sharded, local, rows_like
 
 
 @contextmanager
@@ -28,7 +31,7 @@ def fenced(module: nn.Module) -> Iterator[None]:
 
 
 class BestWeights:
-    """A copy of the trained parameters in main memory, to be put back at the end."""
+    """A copy of the trained parameters in main memory (of sharded ones, of the rows here)."""
 
     def __init__(self, module: nn.Module) -> None:
         self.parameters = [p for p in module.parameters() if p.requires_grad]
@@ -39,13 +42,30 @@ class BestWeights:
         """Copy the weights as they are after `step`."""
         self.step = step
         if not self.saved:
-            self.saved = [p.detach().to("cpu", copy=True) for p in self.parameters]
+            self.saved = [local(p.detach()).to("cpu", copy=True) for p in self.parameters]
             return
         for parameter, saved in zip(self.parameters, self.saved, strict=True):
-            saved.copy_(parameter.detach())  # in place: never two copies of a large model
+            saved.copy_(local(parameter.detach()))  # in place: never two copies of a large model
+
+    def tensors(self) -> dict[str, Any]:
+        """The copy, for a state to go on from."""
+        pairs = zip(self.saved, self.parameters, strict=False)  # nothing is saved at first
+        return {
+            f"best/{i}": Part(saved) if is_sharded(parameter) else saved
+            for i, (saved, parameter) in enumerate(pairs)
+        }
+
+    def load(self, tensors: Mapping[str, Tensor], step: int) -> None:
+        """Go back to the copy of a state."""
+        self.step = step
+        self.saved = [
+            rows_like(tensors[f"best/{i}"], parameter).to("cpu", copy=True)
+            for i, parameter in enumerate(self.parameters)
+            if f"best/{i}" in tensors
+        ]
 
     @torch.no_grad()
     def restore(self) -> None:
         """Put the copied weights back into the module."""
         for parameter, saved in zip(self.parameters, self.saved, strict=True):
-            parameter.copy_(saved)
+            local(parameter).copy_(saved)

@@ -21,7 +21,6 @@ import time
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from transformers import Trainer
 
 from pipeline.config import RunSection
 from pipeline.distributed import Runtime
+from pipeline.distributed.sharding import is_sharded
 from pipeline.fence import BestWeights, fenced
 from pipeline.fit_config import FitSection
 from pipeline.interruption import Interruption
@@ -47,7 +47,7 @@ from pipeline.resume import (
     training_tensors,
 )
 from pipeline.row_order import plan_steps
-from pipeline.rows import Rows, Step, StepDataset, rows_at_fault, share_or_filler
+from pipeline.rows import Rows, Step, StepDataset, rows_at_fault, share_and_filler
 from pipeline.trainer_arguments import training_arguments
 from pipeline.trainer_callbacks import ShownProgress
 
@@ -106,6 +106,9 @@ class PlannedTrainer(Trainer, ABC):
         self.plan = plan_steps(
             train.lengths, section.batch_size, section.epochs, run.seed, section.max_steps
         )
+        if any(map(is_sharded, module.parameters())):
+            # Trainer's word for a module whose weights lie over processes already, and stay so.
+            vars(module)["is_distributed_loading_by_transformers"] = True
         args = training_arguments(section, run, len(self.plan), held_out is not None, folder)
         args._n_gpu = min(args.n_gpu, 1)  # one process, one device: never nn.DataParallel
         super().__init__(
@@ -153,7 +156,14 @@ class PlannedTrainer(Trainer, ABC):
     def get_train_dataloader(self) -> DataLoader[Any]:
         """One item an optimiser step, in the plan's order: this process's share of it."""
         plan = self.plan if self.resumed is None else self.plan.after(self.resumed.step)
-        steps = StepDataset(self.rows, plan, self.token_budget, self._rank, self._world_size)
+        steps = StepDataset(
+            self.rows,
+            plan,
+            self.token_budget,
+            self._rank,
+            self._world_size,
+            in_step=self.runtime.shards,
+        )
         return DataLoader(steps, batch_size=None, shuffle=False)
 
     def training_step(
@@ -171,11 +181,10 @@ class PlannedTrainer(Trainer, ABC):
         step: Step = inputs["step"]
         self._step_rows = [row for group in step.groups for row in group]
         losses: list[Tensor] = []
-        for index, batch in enumerate(step.batches):
-            last = index == len(step.batches) - 1
-            with nullcontext() if last else self.accelerator.no_sync(model):
-                loss = self.loss_sum(model, batch) * step.weight
-                # DDP averages gradients over processes; times their number it sums them.
+        for index, (batch, weight) in enumerate(zip(step.batches, step.weights, strict=True)):
+            with self.runtime.reducing(model, last=index == len(step.batches) - 1):
+                loss = self.loss_sum(model, batch) * weight
+                # Wrappers average gradients over processes; times their number it sums them.
                 self.accelerator.backward(loss * (self._world_size / step.units))
             losses.append(loss.detach())
         loss_sum = self._sum_over_processes(torch.stack(losses).sum())
@@ -214,11 +223,16 @@ class PlannedTrainer(Trainer, ABC):
         module = self._module
         module.eval()
         totals: dict[str, list[Tensor]] = defaultdict(list)
-        share, weight = share_or_filler(
-            range(len(rows.lengths)), rows, self.token_budget, self._rank, self._world_size
+        share, weights = share_and_filler(
+            range(len(rows.lengths)),
+            rows,
+            self.token_budget,
+            self._rank,
+            self._world_size,
+            in_step=self.runtime.shards,
         )
         with torch.no_grad():
-            for group in share:
+            for group, weight in zip(share, weights, strict=True):
                 for name, value in self.eval_sums(module, rows.collate(group)).items():
                     totals[name].append(value * weight)
         sums = {
@@ -305,7 +319,7 @@ class PlannedTrainer(Trainer, ABC):
     def _state(self) -> State:
         tensors = training_tensors(self._trained(), self.optimizer)
         if self.best is not None:
-            tensors |= {f"best/{i}": x for i, x in enumerate(self.best.saved)}
+            tensors |= self.best.tensors()
         assert self.lr_scheduler is not None and self.optimizer is not None
         schedule = self.lr_scheduler.state_dict()
         numbers = {name: getattr(self, name) for name in _NUMBERS} | {
@@ -323,9 +337,7 @@ class PlannedTrainer(Trainer, ABC):
             setattr(self, name, numbers[name])
         self.step_sums = [(loss, units, rows) for loss, units, rows in numbers["step_sums"]]
         if self.best is not None:
-            saved = [name for name in state.tensors if name.startswith("best/")]
-            self.best.saved = [state.tensors[f"best/{i}"] for i in range(len(saved))]
-            self.best.step = numbers["best_step"]
+            self.best.load(state.tensors, numbers["best_step"])
         assert self.lr_scheduler is not None and self.optimizer is not None
         schedule = self.lr_scheduler.state_dict() | numbers["schedule"]
         self.lr_scheduler.load_state_dict(schedule)

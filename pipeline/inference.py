@@ -27,11 +27,16 @@ def infer(
     Raises:
         TrainingError: the longest row alone does not fit into memory.
     """
-    lengths = batch.lengths
+    lengths, shards = batch.lengths, handle.trunk.shards
 
     def attempt(tokens: int) -> dict[str, Tensor]:
         groups = micro_batches(lengths, tokens, packed=handle.trunk.packs)
-        parts = [handle(batch.take(rows), want, temperature) for rows in groups]
+        passes = groups
+        if shards is not None:  # a pass gathers weights from all: some pass for nothing
+            passes = groups + groups[-1:] * (shards.most(len(groups)) - len(groups))
+        parts = [handle(batch.take(rows), want, temperature) for rows in passes][: len(groups)]
+        if shards is not None:
+            shards.rest()
         # Only here the device is waited for.
         return {
             name: _in_order([getattr(part, name).cpu() for part in parts], groups, batch)
@@ -40,7 +45,9 @@ def infer(
 
     budget = handle.trunk.token_budget(token_budget)
     remedy = f"{max(lengths)} tokens, the longest row, do not fit the {handle.role.name} model"
-    found, _ = halving(attempt, budget, min(budget, max(lengths)), remedy, undo=_nothing)
+    # One process of several cannot make more passes than the others.
+    smallest = min(budget, max(lengths)) if shards is None else budget
+    found, _ = halving(attempt, budget, smallest, remedy, undo=_nothing)
     return found
 
 

@@ -1,13 +1,15 @@
 """States that a training goes on from: tensors and numbers, saved whole or not at all.
 
 `checkpoints/state-N/` is what step N left: `run.safetensors` and `run.json` of the run, a pair
-`rank-R` of each process, and a manifest, written last. There is no pickle in it.
+`rank-R` of each process, and a manifest, written last. Of sharded tensors each process leaves its
+rows, in `rows-R.safetensors`; another number of processes can read them. There is no pickle in it.
 """
 
 import json
 import os
 import random
 import shutil
+from collections import ChainMap
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -19,6 +21,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from pipeline.distributed.sharding import is_sharded, local, rows_like
 from pipeline.errors import CheckpointError, PipelineError
 from pipeline.runfolder import (
     Manifest,
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
     from pipeline.runfolder import StageFolder
 
 PREFIX = "state-"
+ROWS = "rows-"
 KEPT_STATES = 2
 
 
@@ -47,10 +51,7 @@ class State:
 
     def write(self, stem: Path) -> None:
         """Leave `STEM.safetensors` and `STEM.json`."""
-        from safetensors.torch import save_file
-
-        plain = {name: x.detach().cpu().contiguous() for name, x in self.tensors.items()}
-        save_file(plain, stem.with_suffix(".safetensors"))
+        _write_tensors(self.tensors, stem.with_suffix(".safetensors"))
         # Python's JSON: numbers come back bit for bit, and so do infinities.
         write_text_atomic(stem.with_suffix(".json"), json.dumps(dict(self.numbers)))
 
@@ -67,6 +68,30 @@ class State:
     def size(self) -> int:
         """Bytes of the tensors."""
         return sum(x.numel() * x.element_size() for x in self.tensors.values())
+
+
+def _write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, path)
+
+
+class Rows(dict[str, Tensor]):
+    """Tensors of which each process left its rows in a state: whole, read when they are asked for.
+
+    However many processes there were, and whether the reader's own are sharded.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        from safetensors import safe_open
+
+        paths = folder.glob(f"{ROWS}*.safetensors")
+        ranks = sorted(paths, key=lambda path: int(path.stem.removeprefix(ROWS)))
+        self.files = [safe_open(path, framework="pt") for path in ranks]
+        super().__init__(dict.fromkeys(self.files[0].keys() if self.files else ()))
+
+    def __getitem__(self, name: str) -> Tensor:
+        return torch.cat([file.get_tensor(name) for file in self.files])
 
 
 @dataclass(frozen=True)
@@ -96,18 +121,22 @@ class States:
         Raises:
             PipelineError: no room; older states are intact.
         """
-        folder = self.folder / f"{PREFIX}{step}"
+        folder, rank = self.folder / f"{PREFIX}{step}", self.runtime.rank
+        rows = {name: local(x) for name, x in run.tensors.items() if is_sharded(x)}
+        whole = {name: x for name, x in run.tensors.items() if name not in rows}
         self.runtime.from_main(lambda: self._begin(folder))
         try:
             with writing(folder):
                 if self.runtime.is_main:
-                    run.write(folder / "run")
-                own.write(folder / f"rank-{self.runtime.rank}")
+                    State(whole, run.numbers).write(folder / "run")
+                if rows:
+                    _write_tensors(rows, folder / f"{ROWS}{rank}.safetensors")
+                own.write(folder / f"rank-{rank}")
             self.runtime.barrier()
             self.runtime.from_main(lambda: self._complete(folder, step))
         except PipelineError as error:
             shutil.rmtree(folder, ignore_errors=True)
-            needed = (run.size + own.size) / 2**20
+            needed = (State(rows | whole).size + own.size) / 2**20
             raise PipelineError(f"{error} This checkpoint needs {needed:,.1f} MiB.") from error
 
     def newest(self, console: Console) -> Resumed | None:
@@ -124,7 +153,8 @@ class States:
         own = None
         if ranks == self.runtime.world_size:
             own = State.read(folder / f"rank-{self.runtime.rank}")
-        return Resumed(step, State.read(folder / "run"), own)
+        run = State.read(folder / "run")
+        return Resumed(step, State(ChainMap(dict(run.tensors), Rows(folder)), run.numbers), own)
 
     def forget_after(self, step: int) -> None:
         """Remove the states of later steps, if there is an earlier one to go back to."""
@@ -227,12 +257,18 @@ def restore_training_tensors(
     """Set weights and the optimiser's numbers to what `training_tensors` found."""
     numbers = {key.split("/", 1)[0] for key in tensors} - {"weights"}
     for name, parameter in trained:
-        parameter.copy_(tensors[f"weights/{name}"])
-        optimiser.state[parameter] = {
-            what: tensors[f"{what}/{name}"].to(parameter.device)
-            for what in numbers
-            if f"{what}/{name}" in tensors
-        }
+        local(parameter).copy_(rows_like(tensors[f"weights/{name}"], parameter))
+        kept = {w: tensors[f"{w}/{name}"] for w in numbers if f"{w}/{name}" in tensors}
+        optimiser.state[parameter] = {what: _laid_like(x, parameter) for what, x in kept.items()}
+
+
+def _laid_like(full: Tensor, parameter: nn.Parameter) -> Tensor:
+    """A number of the optimiser's where its parameter lies; a step count is a scalar."""
+    if full.shape != parameter.shape:
+        return full.to(parameter.device)
+    laid = torch.empty_like(parameter, dtype=full.dtype, requires_grad=False)
+    local(laid).copy_(rows_like(full, parameter))
+    return laid
 
 
 # --- random numbers ---

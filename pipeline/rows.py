@@ -39,7 +39,7 @@ class Step:
 
     batches: list[Any]
     groups: list[list[int]]  # the rows of each batch
-    weight: float  # 0 for a process without rows
+    weights: list[float]  # of each batch: 0 if the process passes it for nothing
     units: int  # of the whole step, over all processes
     rows: int  # of the whole step, over all processes
 
@@ -48,39 +48,60 @@ class StepDataset(Dataset[dict[str, Step]]):
     """The plan as a dataset: item i is optimiser step i."""
 
     def __init__(
-        self, rows: Rows, plan: Plan, token_budget: int, rank: int, world_size: int
+        self,
+        rows: Rows,
+        plan: Plan,
+        token_budget: int,
+        rank: int,
+        world_size: int,
+        *,
+        in_step: bool = False,
     ) -> None:
         self.rows, self.plan, self.token_budget = rows, plan, token_budget
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.in_step = rank, world_size, in_step
 
     def __len__(self) -> int:
         return len(self.plan)
 
     def __getitem__(self, index: int) -> dict[str, Step]:
         chosen = self.plan.steps[index]
-        share, weight = share_or_filler(
-            chosen, self.rows, self.token_budget, self.rank, self.world_size
+        share, weights = share_and_filler(
+            chosen, self.rows, self.token_budget, self.rank, self.world_size, in_step=self.in_step
         )
         return {
             "step": Step(
                 batches=[self.rows.collate(group) for group in share],
                 groups=share,
-                weight=weight,
+                weights=weights,
                 units=sum(self.rows.units[row] for row in chosen),
                 rows=len(chosen),
             )
         }
 
 
-def share_or_filler(
-    chosen: Sequence[int], rows: Rows, token_budget: int, rank: int, world_size: int
-) -> tuple[list[list[int]], float]:
-    """One process's micro-batches and their weight: 1, or 0 where it has no row.
+def share_and_filler(
+    chosen: Sequence[int],
+    rows: Rows,
+    token_budget: int,
+    rank: int,
+    world_size: int,
+    *,
+    in_step: bool = False,
+) -> tuple[list[list[int]], list[float]]:
+    """One process's micro-batches and their weights: 1, or 0 of those that it passes for nothing.
 
-    A backward pass is a collective: a process without rows runs somebody's row for nothing.
+    A backward pass is a collective: a process without rows runs somebody's row. `in_step`: every
+    pass is one (weights are sharded), and all processes make as many as the one that has most.
     """
-    share = share_of(chosen, rows.lengths, token_budget, rank, world_size)
-    return (share, 1.0) if share else ([[chosen[0]]], 0.0)
+
+    def share_of_rank(rank: int) -> list[list[int]]:
+        return share_of(chosen, rows.lengths, token_budget, rank, world_size)
+
+    share = share_of_rank(rank)
+    passes = max(len(share_of_rank(other)) for other in range(world_size)) if in_step else 1
+    missing = max(passes - len(share), 0)
+    filler = share[-1] if share else [chosen[0]]
+    return share + [filler] * missing, [1.0] * len(share) + [0.0] * missing
 
 
 def rows_at_fault(groups: Sequence[Sequence[int]], sums: Sequence[Tensor]) -> list[int]:

@@ -39,12 +39,19 @@ class Context:
     def save(self, handle: "Handle") -> None:
         """Leave a handle as the stage's artifact, for which it stands in every process.
 
-        Models that wrappers for many processes take apart alike must be alike in all of them.
+        Models that wrappers for many processes take apart alike must be alike in all of them. For a
+        sharded one the files stand: the next stage opens them.
         """
-        folder = self.folder.artifact
-        self.runtime.from_main(lambda: self.store.save(handle, folder))
-        if not self.runtime.is_main:
-            self.store.adopt(handle, folder)
+        self.write(handle, self.folder.artifact)
+        if handle.trunk.shards is None:
+            self.store.adopt(handle, self.folder.artifact)
+
+    def write(self, handle: "Handle", folder: Path) -> None:
+        """Write a handle, by the main process, from what all processes have of its weights."""
+        from pipeline.models.trained import trained_state
+
+        state = trained_state(handle)
+        self.runtime.from_main(lambda: self.store.write(handle, state, folder))
 
     def report_cuts(self, codec: "Codec") -> dict[str, int]:
         """Say how many texts were cut to the run's limits; returns that for the summary."""

@@ -8,14 +8,18 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.config import RunSection
+from pipeline.distributed import sharding
 from pipeline.environment import ASKED_PROCESSES, num_processes, process_index
 from pipeline.errors import ConfigError, PipelineError
+
+if TYPE_CHECKING:
+    from pipeline.models.trunk import Trunk
 
 T = TypeVar("T")
 
@@ -25,6 +29,8 @@ class Runtime:
 
     def __init__(self, run: RunSection) -> None:
         self.run = run
+        # Before accelerate reads what the launcher left in the environment.
+        self.shards = sharding.claim() and num_processes() > 1
 
     @cached_property
     def accelerator(self) -> Any:
@@ -63,7 +69,8 @@ class Runtime:
         if self.world_size == 1:
             return f"1 process on {self.device.type}"
         kind = _kind(str(self.accelerator.distributed_type))
-        return f"{self.world_size} processes on {self.device.type}, {_NAMES.get(kind, kind)}"
+        name = "FSDP2" if self.shards else _NAMES.get(kind, kind)
+        return f"{self.world_size} processes on {self.device.type}, {name}"
 
     def seed(self, *names: str | int) -> int:
         """A seed of 63 bits for one purpose, derived from `run.seed` and the names."""
@@ -76,11 +83,26 @@ class Runtime:
 
         set_seed(self.seed(*names) % 2**32)
 
+    def shard(self, *trunks: "Trunk") -> None:
+        """Leave each process its rows of the weights, where the launch asks for that.
+
+        What is trainable is fixed by now, and every adapter and head is there.
+        """
+        if not self.shards:
+            return
+        device = self.device  # the process group comes with it
+        for trunk in trunks:
+            if trunk.shards is None:
+                trunk.shards = sharding.shard(trunk, trunk.units(), device)
+                trunk.place(device)
+
     def prepare(self, module: nn.Module, *others: Any, skips_some: bool = False) -> Any:
         """Wrap a module (and its optimiser) for training; what is trainable is fixed by now.
 
         `skips_some`: a pass may leave trainable weights unused, and DDP has to look for them.
         """
+        if self.shards:  # its trunks reduce their gradients themselves
+            return (module, *others)
         from accelerate import DistributedDataParallelKwargs
 
         # DDP copies the main process's weights to the others one by one, whatever their names.
@@ -110,15 +132,19 @@ class Runtime:
 
         Processes may make different numbers of passes; each makes a last one.
         """
-        context: AbstractContextManager[Any] = (
-            nullcontext() if last else self.accelerator.no_sync(module)
-        )
+        if last or self.shards:  # sharded gradients would be whole until they are reduced
+            return nullcontext()
+        context: AbstractContextManager[Any] = self.accelerator.no_sync(module)
         return context
+
+    def most(self, passes: int) -> int:
+        """How many passes with gradient a process makes: with sharded weights, as many as any."""
+        return sharding.most(passes, self.device) if self.shards else passes
 
     def clip_grad_norm(self, parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
         """Clip the global gradient norm; returns the norm before clipping."""
         norm: Tensor = self.accelerator.clip_grad_norm_(list(parameters), max_norm)
-        return norm
+        return sharding.whole(norm)
 
     def all_sum(self, tensor: Tensor) -> Tensor:
         """Element-wise sum over processes."""
@@ -173,9 +199,9 @@ class Runtime:
         return range(self.rank, total, self.world_size)
 
 
-_NAMES = {"MULTI_CPU": "DDP", "MULTI_GPU": "DDP", "FSDP": "FSDP", "DEEPSPEED": "DeepSpeed"}
-# What a launcher asks for, by the variable that says so.
-_ASKED = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DEEPSPEED"}
+_NAMES = {"MULTI_CPU": "DDP", "MULTI_GPU": "DDP", "DEEPSPEED": "DeepSpeed"}
+# What a launcher asks accelerate for, by the variable that says so. (FSDP2 is asked of us.)
+_ASKED = {"ACCELERATE_USE_DEEPSPEED": "DEEPSPEED"}
 
 
 def _kind(distributed_type: str) -> str:
@@ -185,7 +211,7 @@ def _kind(distributed_type: str) -> str:
 def refuse_fallback(distributed_type: str, processes: int) -> None:
     """Refuse another strategy, or another number of processes, than the launch asked for.
 
-    accelerate has no FSDP on a processor and trains with DDP instead, without a word.
+    accelerate has no DeepSpeed on a processor and trains with DDP instead, without a word.
 
     Raises:
         ConfigError: says what was asked for and what there would be.

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from pipeline.errors import TrainingError
 from pipeline.generation.slots import SlotCache
-from pipeline.models.trunk import DecodeOutput, DecodeStep, Handle
+from pipeline.models.calls import DecodeOutput, DecodeStep
+from pipeline.models.trunk import Handle
 from pipeline.out_of_memory import is_out_of_memory
 
 COLUMNS = 128

@@ -41,7 +41,9 @@ class LocalEngine:
         def attempt(rows: int) -> Generations:
             engine = NativeEngine(rows, cuda_graphs=self.cuda_graphs)
             serves = engine if native else StaticEngine(rows)
-            return serves.generate(handle, prompt_ids, sample_indices, sampling)
+            # Processes write responses of their own lengths: sharded weights are gathered once.
+            with handle.trunk.whole():
+                return serves.generate(handle, prompt_ids, sample_indices, sampling)
 
         remedy = "one response does not fit: shorten the prompts or the responses"
         found, self.rows_at_once = halving(attempt, self.rows_at_once, 1, remedy, undo=lambda: None)

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from pipeline.generation.engine import Generations, Sampling, logits_not_finite
 from pipeline.generation.noise import gumbel, row_keys
-from pipeline.models.trunk import DecodeOutput, DecodeStep, Handle
+from pipeline.models.calls import DecodeOutput, DecodeStep
+from pipeline.models.trunk import Handle
 from pipeline.tensors import entropy, widen
 
 # Columns beyond the longest row, as a share of it: moving the rows back is rare.

@@ -17,7 +17,6 @@ from torch import Tensor
 from pipeline.generation.caches import takes_padding
 from pipeline.generation.engine import Generations, Sampling, logits_not_finite
 from pipeline.generation.noise import gumbel, row_keys
-from pipeline.models.adapters import activate
 from pipeline.models.trunk import Handle
 
 
@@ -52,7 +51,6 @@ class StaticEngine:
         out = Generations([[] for _ in range(count)], [False] * count)
         model = handle.trunk.model
         size = max(1, self.max_rows // sampling.num_beams)
-        activate(model, handle.role.adapter)
         with _defaults_aside(model):
             lengths = [len(prompt) for prompt in prompt_ids]
             for rows in _batches(lengths, size, takes_padding(model.config)):
@@ -88,13 +86,13 @@ def _generate_batch(
     """The responses, stop tokens included; `rows` name the prompts in errors."""
     from transformers import GenerationConfig
 
-    codec, model = handle.codec, handle.trunk.model
+    codec = handle.codec
     device = handle.trunk.device
     width = max(map(len, prompts))
     ids = [[codec.pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]
     mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
     watch = _Watch(len(prompts), width, sampling.num_beams, device)
-    written = model.generate(
+    written = handle.write(
         torch.tensor(ids, device=device),
         attention_mask=torch.tensor(mask, device=device),
         generation_config=GenerationConfig(

@@ -21,6 +21,7 @@ from pipeline.generation.engine import Generations, Sampling
 from pipeline.generation.json_http import JsonServer, ServerFault
 from pipeline.generation.vllm_adapters import AdapterHandover
 from pipeline.inference import infer
+from pipeline.models.adapters import adapter_state
 from pipeline.models.trunk import Handle
 
 # The first rows of each version of the policy are read by the trunk too. Other kernels and bf16
@@ -66,7 +67,10 @@ class VllmEngine:
         assert len(prompt_ids) == len(sample_indices)
         assert sampling.is_plain, sampling
         longest = handle.codec.max_prompt_tokens + sampling.max_new_tokens
-        model = self._on_main(lambda: self._adapters.current(handle, longest))
+        adapter = handle.role.adapter
+        # Of sharded weights all processes have a part, and all of them ask.
+        state = None if adapter is None else adapter_state(handle.trunk.model, adapter)
+        model = self._on_main(lambda: self._adapters.current(handle, state, longest))
         fixed = request_body(model, handle.codec.stop_ids, sampling)
 
         def ask(prompt: Sequence[int], index: int) -> Row:

@@ -15,10 +15,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from pipeline.config import VLLM_MAX_RANKS, VllmSection, vllm_refusals
 from pipeline.errors import ConfigError
 from pipeline.generation.json_http import JsonServer, ServerFault
-from pipeline.models.adapters import adapter_state, save_adapter
+from pipeline.models.adapters import save_adapter
 from pipeline.models.trunk import Handle, tensors_hash
 from pipeline.runfolder import writing
 
@@ -43,23 +45,24 @@ class AdapterHandover:
         self._digest: str | None = None  # of the weights that the server has
         self._name: str | None = None
 
-    def current(self, handle: Handle, longest: int) -> str:
+    def current(self, handle: Handle, state: Mapping[str, Tensor] | None, longest: int) -> str:
         """Name on the server of the adapter as it is now; hands it over if it changed.
 
-        `longest` is the longest sequence that will be asked for, in tokens.
+        `state` is its weights (`adapter_state`), `longest` the longest sequence that will be asked
+        for, in tokens.
 
         Raises:
             ConfigError: the server is not there, serves something else, or cannot take adapters.
             TrainingError: it refused the adapter.
         """
         adapter = handle.role.adapter
-        if adapter is None:
+        if adapter is None or state is None:
             raise ConfigError(
                 "ppo.rollout.engine = vllm, but the policy has no adapter to hand to the server: "
                 "set ppo.tuning to lora or ppo.rollout.engine to native"
             )
         model = handle.trunk.model
-        digest = tensors_hash(adapter_state(model, adapter).items())
+        digest = tensors_hash(state.items())
         if self._name is not None and digest == self._digest:
             return self._name
         if self._version == 0:
@@ -70,7 +73,7 @@ class AdapterHandover:
         # Named only when it is whole: nobody takes a part of it for a version.
         part = self._folder / f".{name}"
         origin = handle.trunk.origin
-        save_adapter(model, adapter, part, origin.path, origin.revision)
+        save_adapter(model, adapter, part, origin.path, origin.revision, state)
         with writing(folder):
             os.replace(part, folder)
         # First out, then in: with --max-loras 1 the new one would push the old one out, and vLLM

@@ -7,6 +7,7 @@ is never called here.
 """
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 from pipeline.config import LoraSection
+from pipeline.distributed.sharding import local, rows_like, whole
 from pipeline.errors import ModelError
 from pipeline.runfolder import writing
 
@@ -151,22 +153,29 @@ def is_of(key: str, name: str) -> bool:
 
 
 def adapter_state(model: Any, name: str) -> dict[str, torch.Tensor]:
-    """State of adapter `name` under peft's published keys."""
+    """State of adapter `name` under peft's published keys; of a sharded one all ask together."""
+    found = _adapter_weights(model, name).items()
+    return {key: whole(value).detach().clone().contiguous() for key, value in found}
+
+
+def _adapter_weights(model: Any, name: str) -> dict[str, torch.Tensor]:
+    """The weights of adapter `name` themselves, under peft's published keys."""
     from peft import get_peft_model_state_dict
 
-    state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    return {key: value.detach().clone().contiguous() for key, value in state.items()}
+    found: dict[str, torch.Tensor] = get_peft_model_state_dict(
+        model, adapter_name=name, save_embedding_layers=False
+    )
+    return found
 
 
+@torch.no_grad()
 def load_adapter_state(model: Any, name: str, state: dict[str, torch.Tensor]) -> None:
     """Set adapter `name` from a state of `adapter_state`.
 
     Raises:
         ModelError: the state has other keys or shapes than the adapter.
     """
-    from peft import set_peft_model_state_dict
-
-    own = adapter_state(model, name)
+    own = _adapter_weights(model, name)
     wrong = sorted(
         key
         for key in own.keys() | state.keys()
@@ -178,18 +187,28 @@ def load_adapter_state(model: Any, name: str, state: dict[str, torch.Tensor]) ->
             f"or shape, the first is {wrong[0]}. Was it trained on another base, or with another "
             "lora.rank or lora.target_modules?"
         )
-    set_peft_model_state_dict(model, state, adapter_name=name)
+    for key, weight in own.items():
+        local(weight).copy_(rows_like(state[key], weight))
 
 
 def save_adapter(
-    model: Any, name: str, folder: Path, base_name: str, revision: str | None = None
+    model: Any,
+    name: str,
+    folder: Path,
+    base_name: str,
+    revision: str | None = None,
+    state: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write adapter `name` as a plain PEFT folder (`adapter_config.json`, safetensors)."""
+    """Write adapter `name` as a plain PEFT folder (`adapter_config.json`, safetensors).
+
+    `state` is its `adapter_state`, where other processes had to be asked for it.
+    """
     import copy
 
     from safetensors.torch import save_file
 
-    state = {_SAVED_PREFIX + key: value.cpu() for key, value in adapter_state(model, name).items()}
+    state = adapter_state(model, name) if state is None else state
+    state = {_SAVED_PREFIX + key: value.cpu() for key, value in state.items()}
     config = copy.deepcopy(model.peft_config[name])
     config.base_model_name_or_path = base_name
     config.revision = revision
@@ -205,14 +224,18 @@ def save_adapter(
 def load_adapter(model: Any, name: str, folder: Path) -> None:
     """Add adapter `name` from a plain PEFT folder."""
     from peft import LoraConfig
-    from safetensors.torch import load_file
 
     if not (folder / ADAPTER_WEIGHTS).exists():
         raise ModelError(f"{folder} holds no {ADAPTER_WEIGHTS}: not a PEFT adapter in safetensors")
     config = LoraConfig.from_pretrained(str(folder))
     config.inference_mode = False
     add_adapter(model, name, config)
+    load_adapter_state(model, name, read_adapter(folder))
+
+
+def read_adapter(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights of a plain PEFT folder, as `adapter_state` has them."""
+    from safetensors.torch import load_file
+
     state = load_file(folder / ADAPTER_WEIGHTS)
-    load_adapter_state(
-        model, name, {key.removeprefix(_SAVED_PREFIX): value for key, value in state.items()}
-    )
+    return {key.removeprefix(_SAVED_PREFIX): value for key, value in state.items()}

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.distributed.sharding import local
 from pipeline.models.adapters import is_of
 from pipeline.models.trunk import Handle
 from pipeline.runfolder import read_json, write_json_atomic
@@ -210,7 +211,7 @@ def _beside(thing: Any) -> Iterator[Tensor]:
 
 def _new_bytes(tensor: Tensor, seen: set[int]) -> int:
     """Bytes of a tensor's storage the first time that it is seen, 0 afterwards."""
-    storage = tensor.untyped_storage()
+    storage = local(tensor).untyped_storage()
     key = storage._cdata  # the storage itself: on the meta device all have the data pointer 0
     if key in seen:
         return 0

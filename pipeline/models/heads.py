@@ -19,7 +19,7 @@ class ScalarHead(nn.Module):
     def __init__(self, hidden_size: int, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(hidden_size, dtype=dtype))
-        self.bias = nn.Parameter(torch.zeros((), dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(1, dtype=dtype))  # (1,): FSDP2 shards no scalars
         self.register_buffer("shift", torch.zeros((), dtype=dtype))
         self.register_buffer("scale", torch.ones((), dtype=dtype))
 

@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pipeline.codec import Codec
 from pipeline.config import DataSection, LoraSection, ModelSection, Tuning
+from pipeline.distributed.sharding import local, rows_like
 from pipeline.errors import ModelError
 from pipeline.models import adapters, loading
-from pipeline.models.heads import ScalarHead
+from pipeline.models.trained import TrainedState, load_head, save_head, trained_state
 from pipeline.models.trunk import BaseOrigin, Handle, Role, Trunk
 from pipeline.runfolder import read_json, verify, write_json_atomic, writing
 
@@ -40,11 +42,19 @@ class ModelStore:
     """Opens, keeps and saves the handles of a run."""
 
     def __init__(
-        self, model: ModelSection, data: DataSection, device: torch.device | str = "cpu"
+        self,
+        model: ModelSection,
+        data: DataSection,
+        device: torch.device | str = "cpu",
+        *,
+        shards: bool = False,
     ) -> None:
+        """`shards`: trunks lie on the host until `Runtime.shard` leaves each process its rows."""
         self.section = model
         self.data = data
-        self.device = torch.device(device)
+        self.shards = shards
+        self.device = torch.device("cpu" if shards else device)
+        self.computes_on = torch.device(device)
         self._trunks: dict[str, Trunk] = {}  # by identity of the base
         self._live: dict[Path, Handle] = {}  # by artifact folder
 
@@ -147,16 +157,18 @@ class ModelStore:
 
     # --- artifacts ---
 
-    def save(self, handle: Handle, folder: Path, *, live: bool = True) -> None:
-        """Write a handle as an artifact, and let the live handle stand for it from now on.
+    def save(self, handle: Handle, folder: Path) -> None:
+        """Write a handle as an artifact, and let the live handle stand for it from now on."""
+        self.write(handle, trained_state(handle), folder)
+        self.adopt(handle, folder)
 
-        With `live=False` the files alone count, as for a checkpoint of weights still in training.
-        """
+    def write(self, handle: Handle, state: TrainedState, folder: Path) -> None:
+        """Write a handle with its `trained_state` as an artifact. The files alone count."""
         trunk, role = handle.trunk, handle.role
         handle.codec.save(folder / "tokenizer")
         base = None
         if role.adapter is None:
-            self._save_model(handle, folder / "model")
+            self._save_model(handle, state.weights, folder / "model")
         else:
             origin = trunk.origin
             base = asdict(origin)
@@ -165,17 +177,19 @@ class ModelStore:
                 base["path"] = os.path.relpath(origin.path, folder.resolve())
                 base["absolute"] = origin.path
             adapters.save_adapter(
-                trunk.model, role.adapter, folder / "adapter", origin.path, origin.revision
+                trunk.model,
+                role.adapter,
+                folder / "adapter",
+                origin.path,
+                origin.revision,
+                state.weights,
             )
         if role.head is not None:
-            save_head(trunk.heads[role.head], folder / "head.safetensors")
+            save_head(state.head, folder / "head.safetensors")
         write_json_atomic(
             folder / HANDLE, {"format": 1, "role": role.name, "head": role.head, "base": base}
         )
-        if live:
-            self.adopt(handle, folder)
-        else:
-            self._live.pop(folder.resolve(), None)
+        self._live.pop(folder.resolve(), None)
 
     def adopt(self, handle: Handle, folder: Path) -> None:
         """Let the live handle stand for the artifact that it was saved as, by whichever process."""
@@ -214,6 +228,30 @@ class ModelStore:
         handle = Handle(trunk, Role(info["role"], adapter, head), codec)
         self._live[folder] = handle
         return handle
+
+    def reload(self, handle: Handle, folder: Path) -> None:
+        """Set the weights of a handle back to those that it was written with into `folder`."""
+        from safetensors.torch import load_file
+
+        trunk, role = handle.trunk, handle.role
+        if role.adapter is not None:
+            adapters.load_adapter_state(
+                trunk.model, role.adapter, adapters.read_adapter(folder / "adapter")
+            )
+            return
+        saved: dict[str, Tensor] = {}
+        for path in sorted((folder / "model").glob("*.safetensors")):
+            saved |= load_file(path)
+        for name, tensor in trunk.base_state():
+            if name in saved:  # of tied weights one name is written
+                local(tensor).copy_(rows_like(saved[name], tensor))
+
+    def forget_sharded(self) -> None:
+        """Let go of trunks that are sharded for their stage: the next one opens artifacts."""
+        trunks = {id(h.trunk): h.trunk for h in self._live.values()}
+        for trunk in [*trunks.values(), *self._trunks.values()]:
+            if trunk.shards is not None:
+                self.forget(trunk)
 
     def is_on(self, handle: Handle, other: Handle) -> bool:
         """Whether two handles share one base in memory."""
@@ -285,31 +323,11 @@ class ModelStore:
         self._live[folder] = handle
         return handle
 
-    def _save_model(self, handle: Handle, folder: Path) -> None:
+    def _save_model(self, handle: Handle, state: dict[str, Tensor], folder: Path) -> None:
         model = handle.trunk.model
-        state = dict(handle.trunk.base_state())
         with loading.without_bars(), writing(folder):
             model.save_pretrained(str(folder), state_dict=state)
         handle.codec.save_tokenizer(folder)
-
-
-def save_head(head: Any, path: Path) -> None:
-    """Write a scalar head with its shift and scale."""
-    from safetensors.torch import save_file
-
-    state = {key: value.cpu().contiguous() for key, value in head.state_dict().items()}
-    with writing(path):
-        save_file(state, path)
-
-
-def load_head(path: Path) -> ScalarHead:
-    """Read a scalar head."""
-    from safetensors.torch import load_file
-
-    state = load_file(path)
-    head = ScalarHead(state["weight"].numel(), state["weight"].dtype)
-    head.load_state_dict(state)
-    return head
 
 
 def _unwrap(model: Any) -> None:

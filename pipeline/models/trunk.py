@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from pipeline.batches import TokenBatch
 from pipeline.codec import Codec
+from pipeline.distributed.sharding import Shards
 from pipeline.models import sequence_attention
 from pipeline.models.adapters import activate, adapter_names, adapter_parameters, is_of
+from pipeline.models.calls import DecodeOutput, DecodeStep, TrunkOutput, Writing
 from pipeline.models.heads import ScalarHead
 from pipeline.models.joiner import PackedJoiner, make_joiner
 from pipeline.models.last_layer import Reads, choose_places, last_layer_at, selective_layer
@@ -55,38 +57,6 @@ class BaseOrigin:
         return re.fullmatch("[0-9a-f]{64}", self.identity) is not None
 
 
-@dataclass
-class TrunkOutput:
-    """What was asked of a forward pass: (B, R) over response tokens, zeros on padding; (B,)."""
-
-    logprobs: Tensor | None = None  # (B, R) log p(response token t | everything before it)
-    entropy: Tensor | None = None  # (B, R) of the distribution token t was drawn from
-    values: Tensor | None = None  # (B, R) head at the state before response token t
-    scores: Tensor | None = None  # (B,) head at the last response token
-
-
-@dataclass
-class DecodeStep:
-    """One step of generation: S new tokens a row, the mask over all T in the cache, and the cache.
-
-    Without a mask every row fills all T.
-    """
-
-    input_ids: Tensor  # (B, S)
-    position_ids: Tensor  # (B, S)
-    attention_mask: Tensor | None = None  # (B, T)
-    cache: Any = None
-
-
-@dataclass
-class DecodeOutput:
-    """Logits of the next token (B, V), the head's values before it, and the cache."""
-
-    logits: Tensor
-    values: Tensor | None = None  # (B,)
-    cache: Any = None
-
-
 class Trunk(nn.Module):
     """A base model, its adapters and heads; everything goes through `forward`.
 
@@ -106,25 +76,29 @@ class Trunk(nn.Module):
         # one more module of the trunk.
         self.last_layer = (selective_layer(model),)
         self.recompute = False  # activations of the layers, in the backward pass (checkpointing)
+        self.shards: Shards | None = None  # how its weights lie over processes, if they do
 
     # --- computation ---
 
     def forward(
         self,
-        batch: TokenBatch | DecodeStep,
+        batch: TokenBatch | DecodeStep | Writing,
         role: Role,
         want: Collection[str] = (),
         temperature: float = 1.0,
-    ) -> TrunkOutput | DecodeOutput:
+    ) -> TrunkOutput | DecodeOutput | Tensor:
         """Run the base in a role. In a `TokenBatch`'s pass we read nothing back from the device.
 
         `want` names fields of `TrunkOutput`; logits are made at response positions only, divided
         by `temperature`, never more at a time than `LOGITS_AT_A_TIME`. A `DecodeStep` returns a
-        `DecodeOutput`.
+        `DecodeOutput`, a `Writing` the ids (B, P + new) that `generate` returns.
         """
         activate(self.model, role.adapter)
         if isinstance(batch, DecodeStep):
             return self._decode(batch, role)
+        if isinstance(batch, Writing):
+            written: Tensor = self.model.generate(batch.input_ids, **batch.settings)
+            return written
         mask = batch.response_mask  # on the host, like the batch
         of_tokens = not {"values", "logprobs", "entropy"}.isdisjoint(want)
         of_last = "scores" in want
@@ -289,6 +263,18 @@ class Trunk(nn.Module):
         self.joiner = make_joiner(self.model)
         return self
 
+    def units(self) -> list[nn.Module]:
+        """What gathers its weights apart where they are sharded: layers, and heads (of float32)."""
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        layers = [m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        assert layers, f"{type(self.model).__name__} has no layers that transformers marks as such"
+        return [*layers, *self.heads.values()]
+
+    def whole(self) -> AbstractContextManager[None]:
+        """Within it all weights are here, and a pass waits for no other process."""
+        return nullcontext() if self.shards is None else self.shards.whole()
+
     def drop_output_layer(self) -> None:
         """Let go of weights that only logits need: of a model whose values alone are asked for."""
         output = self.model.get_output_embeddings()
@@ -364,6 +350,11 @@ class Handle:
         out = self.trunk(step, self.role)
         assert isinstance(out, DecodeOutput)
         return out
+
+    def write(self, input_ids: Tensor, **settings: Any) -> Tensor:
+        """transformers' `generate` in this role: ids (B, P) to (B, P + new)."""
+        written: Tensor = self.trunk(Writing(input_ids, settings), self.role)
+        return written
 
     def with_role(self, name: str, **changes: str | None) -> "Handle":
         """The same trunk in another role."""

@@ -171,7 +171,7 @@ def open_reward(
         if handle.role.head is None:
             raise ModelError(f"{resource} holds a {handle.role.name} model, which gives no scores")
         return ModelReward(handle, token_budget)
-    return SequenceClassificationReward(resource, section, store.device)
+    return SequenceClassificationReward(resource, section, store.computes_on)
 
 
 def load_function(reference: str) -> Callable[..., Any]:

@@ -73,6 +73,9 @@ class EvaluationStage:
         sft, ppo = self._policies(context)
         gold = FunctionReward(config.evaluation.gold) if config.evaluation.gold else None
         sft.codec.counts.clear()
+        rewards = self._rewards(context)
+        handles = [sft, ppo, *([rewards.handle] if isinstance(rewards, ModelReward) else [])]
+        context.runtime.shard(*(handle.trunk for handle in handles))
         panel = Panel(
             config.evaluation,
             _held_out(context),
@@ -81,7 +84,7 @@ class EvaluationStage:
                 config.evaluation.generation_rows, cuda_graphs=context.runtime.run.cuda_graphs
             ),
             context.runtime.seed(self.name),
-            self._rewards(context),
+            rewards,
             gold,
         )
         prompts_cut = context.report_cuts(sft.codec).get(PROMPTS_CUT, 0)

@@ -5,7 +5,8 @@ from collections.abc import Collection
 from torch import nn
 
 from pipeline.batches import TokenBatch
-from pipeline.models.trunk import Handle, Trunk, TrunkOutput
+from pipeline.models.calls import TrunkOutput
+from pipeline.models.trunk import Handle, Trunk
 from stages.ppo.rollout import shares_trunk
 
 

@@ -4,7 +4,6 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from pipeline.models import adapters
 from pipeline.models.trunk import Handle
 from pipeline.resume import KEPT_STATES
 from pipeline.runfolder import verify, write_manifest
@@ -59,15 +58,11 @@ class Checkpoints:
         self.last = iteration
         if self.best[0] != iteration:
             self._save(iteration, None)
-        context, policy = self.context, self.policy
         chosen = self.best[0] if keep_best else iteration
         if chosen != iteration:
-            context.runtime.barrier()
-            best = context.store.open(self._folder(chosen))
-            if policy.role.adapter is not None:
-                adapters.remove_adapter(policy.trunk.model, policy.role.adapter)
-            policy = best
-        context.save(policy)
+            self.context.runtime.barrier()
+            self.context.store.reload(self.policy, self._folder(chosen))
+        self.context.save(self.policy)
         return chosen
 
     @property
@@ -84,12 +79,11 @@ class Checkpoints:
         return self.context.folder.checkpoints / f"step-{iteration}"
 
     def _save(self, iteration: int, held_out_reward: float | None) -> None:
-        if not self.context.runtime.is_main:
-            return
         folder = self._folder(iteration)
-        self.context.store.save(self.policy, folder, live=False)
-        numbers = {"iteration": iteration, "held_out_reward": held_out_reward}
-        write_manifest(folder, stage="ppo", key="", material={}, summary=numbers, seconds=0.0)
+        self.context.write(self.policy, folder)
+        if self.context.runtime.is_main:
+            numbers = {"iteration": iteration, "held_out_reward": held_out_reward}
+            write_manifest(folder, stage="ppo", key="", material={}, summary=numbers, seconds=0.0)
 
     def _drop(self, iteration: int) -> None:
         if self.context.runtime.is_main:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pipeline.models.trunk import TrunkOutput
+from pipeline.models.calls import TrunkOutput
 from pipeline.tensors import masked_sum, send
 from stages.ppo.config import PpoOptimSection
 from stages.ppo.experience import Experience

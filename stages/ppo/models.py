@@ -54,9 +54,16 @@ class Models:
             found["reward"] = rewards.model
         return found
 
+    def trunks(self, rewards: RewardSource | None) -> list[Trunk]:
+        """The trunks of our models, each once."""
+        handles = [role for role in self.roles(rewards).values() if isinstance(role, Handle)]
+        return list({id(handle.trunk): handle.trunk for handle in handles}.values())
+
     def release_value(self) -> None:
         """Take the value model off trunks that live on."""
         trunk, role = self.value.trunk, self.value.role
+        if trunk.shards is not None:  # such trunks are let go of
+            return
         assert role.head is not None
         del trunk.heads[role.head]
         if role.adapter is not None and role.adapter != self.policy.role.adapter:
@@ -121,6 +128,11 @@ def build_models(start: Handle, rewards: RewardSource, config: Any, store: Model
     # Last: all that starts from the start's weights has them by now.
     reference = start.with_role("reference")
     if section.reference.is_set:
+        if store.shards:
+            raise ModelError(
+                "ppo.reference puts the reference elsewhere, but here its weights lie over all "
+                "processes (fsdp2): remove ppo.reference, or start with --launch ddp"
+            )
         is_shared = source is not None and source.trunk is start.trunk
         reference = _placed(reference, section.reference, store, is_shared=is_shared)
     return Models(policy, reference, value)

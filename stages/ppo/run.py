@@ -112,8 +112,10 @@ class Training:
         self.order = PromptOrder(prompts.train, runtime.seed("prompts"))
         self.prompt_ids = cache(self.models.policy.codec.prompt_ids)
         self.cuts = self._tokenise_prompts()
+        actor_critic = ActorCritic(self.models.policy, self.models.value)
+        runtime.shard(*self.models.trunks(self.rewards))
         self.updater = Updater(
-            ActorCritic(self.models.policy, self.models.value),
+            actor_critic,
             section.optim,
             runtime,
             iterations=section.iterations,

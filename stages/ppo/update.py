@@ -67,7 +67,8 @@ class Updater:
         trunk = actor_critic.policy.trunk
         # Tokens of a micro-batch; halved where memory runs out.
         self.micro_batch_tokens = trunk.token_budget(section.micro_batch_tokens)
-        self.takes_one_pass = actor_critic.shared or runtime.world_size > 1
+        is_wrapped = runtime.world_size > 1 and not runtime.shards
+        self.takes_one_pass = actor_critic.shared or is_wrapped
         self.packs = all(trunk.packs for trunk in actor_critic.distinct_trunks())
         for trunk in actor_critic.distinct_trunks():
             trunk.recompute = section.gradient_checkpointing
@@ -235,17 +236,17 @@ class Updater:
         parts = self._micro_batches([lengths[row] for row in rows])
         passes = self._passes(train_policy)
         measured: list[Tensor] = []
-        for number, part in enumerate(parts):
+        for part, counts, ends in self._in_step(parts):
             chosen = [rows[position] for position in part]
             sums = []
             for want in passes:
-                last = number == len(parts) - 1 and want is passes[-1]
-                with self.runtime.reducing(self.module, last):
+                with self.runtime.reducing(self.module, ends and want is passes[-1]):
                     loss, found = self._losses(experience, chosen, want)
-                    self._backward(loss * (weight / tokens))
+                    self._backward(loss * (counts * weight / tokens))
                 sums.append(found * weight)
                 del loss  # and with it the activations, before those of the next pass
-            measured.append(reduce(together, sums))
+            if counts:
+                measured.append(reduce(together, sums))
         stacked = torch.stack(measured)
         totals = self.runtime.all_sum(stacked[:, :-1].sum(0)).tolist()
         ratios = self.runtime.gather_objects([float(stacked[:, -1].max())])
@@ -257,6 +258,17 @@ class Updater:
 
     def _micro_batches(self, lengths: Sequence[int]) -> list[list[int]]:
         return micro_batches(lengths, self.micro_batch_tokens, packed=self.packs)
+
+    def _in_step(self, parts: list[list[int]]) -> Iterator[tuple[list[int], bool, bool]]:
+        """Micro-batches, each with whether it counts and whether it is the last.
+
+        A pass gathers sharded weights from all processes: one with fewer micro-batches than another
+        passes its last one again, for nothing.
+        """
+        number = self.runtime.most(len(parts))
+        for position in range(number):
+            counts = position < len(parts)
+            yield parts[position if counts else -1], counts, position == number - 1
 
     def _passes(self, train_policy: bool) -> list[list[str]]:
         """What each forward and backward pass over a micro-batch wants.
@@ -297,15 +309,16 @@ class Updater:
         batch = TokenBatch.from_ragged(prompts, responses, self.pad_id)
         parts = self._micro_batches(batch.lengths)
         losses: list[Tensor] = []
-        for position, rows in enumerate(parts):
+        for rows, counts, ends in self._in_step(parts):
             part = batch.take(rows)
-            with self.runtime.reducing(self.module, position == len(parts) - 1):
+            with self.runtime.reducing(self.module, ends):
                 with self.runtime.autocast():
                     # A language-model loss: at temperature 1 whatever the policy is sampled with.
                     logprobs = self.module(part, ["logprobs"]).logprobs
                 loss = -masked_sum(logprobs, part.response_mask)
-                self._backward(loss * weight)
-            losses.append(loss.detach())
+                self._backward(loss * (counts * weight))
+            if counts:
+                losses.append(loss.detach())
         found = torch.stack(losses)
         if not math.isfinite(float(self.runtime.all_sum(found.sum()))):
             pairs = drawn or self.demonstrations[:1]

@@ -152,6 +152,7 @@ def train_handle(
     output = model.get_output_embeddings().weight
     # No score depends on an output layer of its own: it stays as it is (and DDP would wait for it).
     output.requires_grad_(output.requires_grad and output is model.get_input_embeddings().weight)
+    context.runtime.shard(handle.trunk, *([] if sft is None else [sft.trunk]))
     trainer = RankingTrainer(
         handle,
         section,

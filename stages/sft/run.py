@@ -106,6 +106,7 @@ def train_handle(
     section = context.config.sft
     for parameter in handle.parameters():
         parameter.requires_grad_(True)
+    context.runtime.shard(handle.trunk)
     trainer = SftTrainer(
         role=handle.role,
         module=handle.trunk,

@@ -1,4 +1,4 @@
-"""The whole chain by two processes (gloo), started by `--launch cpu2`, against one process.
+"""The whole chain by two processes (gloo), by DDP and by FSDP2, against one process.
 
 Everything is in float64: rollouts agree token for token, losses and weights to 1e-9. Sums over
 processes are added in another order, so that they are not bit-equal.
@@ -46,6 +46,7 @@ reward:
     normalisation: {{num_samples: 7}}}}
 ppo:
   iterations: 3
+  keep: last
   rollout: {{prompts_per_iteration: 9, max_new_tokens: 12}}
   optim:
     {{learning_rate: 5.0e-3, ppo_epochs: 2, minibatches: 3, micro_batch_tokens: 120,
@@ -56,9 +57,20 @@ evaluation: {{prompts: 4, max_new_tokens: 4}}
 FORMS = {
     "full": ["sft.tuning=full", "reward.tuning=full", "ppo.tuning=full", "ppo.value=separate"],
     "full-shared": ["sft.tuning=full", "reward.tuning=full", "ppo.tuning=full", "ppo.value=shared"],
-    "lora": ["sft.tuning=full", "reward.tuning=lora", "ppo.tuning=lora", "ppo.value=separate"],
+    "lora": [
+        "sft.tuning=full",
+        "reward.tuning=lora",
+        "ppo.tuning=lora",
+        "ppo.value=separate",
+        "ppo.keep=best",
+    ],
     "lora-shared": ["sft.tuning=full", "reward.tuning=lora", "ppo.tuning=lora", "ppo.value=shared"],
 }
+LAUNCHES = {
+    "DDP": ["--launch", "cpu2"],
+    "FSDP2": ["--launch", "fsdp2", "--processes", "2", "run.device=cpu"],
+}
+SLOW = [("lora", "FSDP2"), ("full-shared", "FSDP2"), ("lora-shared", "DDP"), ("full-shared", "DDP")]
 TIMES = ("seconds", "per_second")
 
 
@@ -73,19 +85,28 @@ def rlhf(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=FORMS)
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param((form, strategy), marks=[pytest.mark.slow] * ((form, strategy) in SLOW))
+        for form in FORMS
+        for strategy in LAUNCHES
+    ],
+    ids="-".join,
+)
 def runs(request, tmp_path_factory):
     """A folder with `runs/one` and `runs/two`, by one process and by two; and what two printed."""
-    folder = tmp_path_factory.mktemp(request.param)
+    name, strategy = request.param
+    folder = tmp_path_factory.mktemp(name)
     (folder / "c.yaml").write_text(CONFIG)
-    form = FORMS[request.param]
+    form = FORMS[name]
     done = [
         rlhf(folder, verb, "c.yaml", *form, "run.name=one") for verb in ("sft", "reward", "ppo")
     ]
-    done.append(rlhf(folder, "run", "c.yaml", *form, "run.name=two", "--launch", "cpu2"))
+    done.append(rlhf(folder, "run", "c.yaml", *form, "run.name=two", *LAUNCHES[strategy]))
     for one in done:
         assert one.returncode == 0, one.stdout + one.stderr
-    return folder / "runs", done[-1].stdout + done[-1].stderr
+    return folder / "runs", done[-1].stdout + done[-1].stderr, strategy
 
 
 def rows(path: Path) -> list[dict]:
@@ -93,7 +114,7 @@ def rows(path: Path) -> list[dict]:
 
 
 def test_two_processes_compute_what_one_does(runs):
-    folder, _ = runs
+    folder, *_ = runs
     for stage in ("sft", "reward", "ppo"):
         one, two = (rows(folder / name / stage / "metrics.jsonl") for name in ("one", "two"))
         assert len(one) == len(two) >= 3
@@ -111,7 +132,7 @@ def test_two_processes_compute_what_one_does(runs):
 
 
 def test_rollouts_agree_token_for_token(runs):
-    folder, _ = runs
+    folder, *_ = runs
 
     def samples(run: str) -> dict[int, tuple]:
         found = {}
@@ -127,8 +148,8 @@ def test_rollouts_agree_token_for_token(runs):
 
 
 def test_two_processes_speak_once(runs):
-    _, output = runs
-    assert output.count("2 processes on cpu, DDP") == 5  # sft, reward, ppo, evaluation, export
+    _, output, strategy = runs
+    assert output.count(f"2 processes on cpu, {strategy}") == 5  # all stages, export the last
     for words in ("supervised fine-tuning ─", "reward model ─", "✓ ppo", "Look at the run with"):
         assert output.count(words) == 1, output
     assert "Warning" not in output
@@ -191,10 +212,13 @@ def rank_of(pid: int) -> int:
 
 
 @pytest.mark.slow
-def test_two_killed_processes_go_on_as_if_they_had_not_been(tmp_path):
+@pytest.mark.parametrize(
+    ("form", "strategy"), [("lora", "DDP"), ("lora", "FSDP2"), ("full", "FSDP2")]
+)
+def test_two_killed_processes_go_on_as_if_they_had_not_been(tmp_path, form, strategy):
     (tmp_path / "c.yaml").write_text(CONFIG)
-    form = [*FORMS["lora"], "ppo.checkpoint_every=1", "model.dtype=float32"]
-    two = ["--launch", "cpu2"]
+    form = [*FORMS[form], "ppo.checkpoint_every=1", "model.dtype=float32"]
+    two = LAUNCHES[strategy]
     for stage in ("sft", "reward"):
         made = rlhf(tmp_path, stage, "c.yaml", *form, "run.name=parents", *two)
         assert made.returncode == 0, made.stdout + made.stderr
@@ -204,9 +228,11 @@ def test_two_killed_processes_go_on_as_if_they_had_not_been(tmp_path):
     killing += ["-m", "tests.killing", "stages.ppo.run:Training.update", "3"]
     for name in ("two", "alone"):
         arguments = [*ppo, f"run.name={name}", "run.device=cpu"]
+        asked = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} if strategy == "FSDP2" else {}
         subprocess.run(
-            [*killing, *arguments], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, timeout=120
-        )
+            [*killing, *arguments],
+            cwd=tmp_path, env=ENVIRONMENT | asked, capture_output=True, timeout=120,
+        )  # fmt: skip
     done = rlhf(tmp_path, *ppo, "run.name=two", *two)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "going on after step 2" in done.stdout

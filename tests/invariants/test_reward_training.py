@@ -81,7 +81,7 @@ def plain_scores(model, head: ScalarHead, ranking: EncodedRanking) -> list[Tenso
     for response in ranking.response_ids:
         ids = torch.tensor([ranking.prompt_ids + response])
         hidden = model.model(input_ids=ids).last_hidden_state[0, -1]
-        scores.append((hidden * head.weight).sum() + head.bias)
+        scores.append((hidden * head.weight).sum() + head.bias[0])
     return scores
 
 

@@ -87,6 +87,7 @@ def world(monkeypatch):
         world_size=1,
         device="cpu",
         barrier=lambda: None,
+        shards=False,
         from_main=lambda work: work(),
     )
     corpus = SimpleNamespace(fingerprint=lambda kind: "data-1", report={})

@@ -210,4 +210,4 @@ def test_a_classifier_with_several_labels_is_refused(classifier):
 
 
 class _Store:
-    device = torch.device("cpu")
+    computes_on = torch.device("cpu")

@@ -11,7 +11,8 @@ import torch
 from pipeline.config import DataSection, LoraSection, ModelSection
 from pipeline.errors import ModelError, PipelineError
 from pipeline.models import adapters
-from pipeline.models.store import HANDLE, ModelStore, find_artifact, save_head
+from pipeline.models.store import HANDLE, ModelStore, find_artifact
+from pipeline.models.trained import save_head
 from pipeline.models.trunk import BaseOrigin
 from pipeline.runfolder import write_manifest
 from tests.unit.test_models import batch, train_adapter
@@ -191,6 +192,7 @@ class TestStore:
     def test_a_full_disk_is_named_whatever_is_saved(self, tmp_path, make_store):
         _, reward = self.lora_pair(make_store(), tmp_path)
         model, full = reward.trunk.model, Path("/dev/full")
+        state, head = dict(reward.trunk.base_state()), reward.trunk.heads["reward"]
         for name in ("adapter/adapter_config.json", "tokenizer/tokenizer_config.json",
                      "model/config.json"):  # fmt: skip
             (tmp_path / name).parent.mkdir()
@@ -199,8 +201,8 @@ class TestStore:
         saves = {
             "adapter": lambda path: adapters.save_adapter(model, "reward", path, "some/base"),
             "tokenizer": reward.codec.save_tokenizer,
-            "model": lambda path: make_store()._save_model(reward, path),
-            "file/head.safetensors": lambda path: save_head(reward.trunk.heads["reward"], path),
+            "model": lambda path: make_store()._save_model(reward, state, path),
+            "file/head.safetensors": lambda path: save_head(head.state_dict(), path),
         }
         for name, save in saves.items():
             reason = "Not a directory" if name.startswith("file") else "No space left"
