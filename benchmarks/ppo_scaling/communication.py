@@ -31,7 +31,7 @@ COLLECTIVES = {
     "broadcast": ("broadcast_", "broadcast"),
 }
 _NAMES = {operator: name for name, operators in COLLECTIVES.items() for operator in operators}
-_SILENT = ("barrier", "monitored_barrier_", "wait_tensor")  # no payload
+_SILENT = ("barrier", "monitored_barrier_", "wait_tensor", "_wrap_tensor_autograd")  # send nothing
 _LIBRARIES = ("c10d", "_c10d_functional")
 OBJECTS, SUMS = "objects", "sums"  # pickled Python objects; numbers of losses and metrics
 _OBJECT_CALLS = ("all_gather_object", "broadcast_object_list", "gather_object")

@@ -208,9 +208,8 @@ def working(job: Job, cluster: Cluster, strategy: Strategy) -> dict[str, float]:
     update += step_tokens * (layer + 2 * model.layers * model.width * stream)
     if strategy == "fsdp2":
         rollout += whole(job)
-        gathered = GATHERED_UNITS * model.layer + 2 * model.output
-        scoring += job.base_bytes * gathered
-        update += job.base_bytes * gathered
+        scoring += layer_by_layer(job)
+        update += layer_by_layer(job)
     if job.tuning == "full" and job.weight_bytes == FP32:
         copies = BF16 * model.weights
         rollout, scoring, update = rollout + copies, scoring + 2 * copies, update + 2 * copies
@@ -218,9 +217,14 @@ def working(job: Job, cluster: Cluster, strategy: Strategy) -> dict[str, float]:
 
 
 def whole(job: Job) -> float:
-    """Bytes of the policy's weights, which a rollout reads."""
-    adapter = FP32 * job.model.adapter(job.rank) if job.tuning == "lora" else 0
-    return job.base_bytes * job.model.weights + adapter
+    """Bytes of a trunk with all its layers gathered: the adapters of all four roles lie in them."""
+    adapters = 4 * FP32 * job.model.adapter(job.rank) if job.tuning == "lora" else 0
+    return job.base_bytes * job.model.weights + adapters
+
+
+def layer_by_layer(job: Job) -> float:
+    """Bytes gathered at a time otherwise: two layers, embeddings and output layer."""
+    return job.base_bytes * (GATHERED_UNITS * job.model.layer + 2 * job.model.output)
 
 
 def peaks(job: Job, cluster: Cluster, strategy: Strategy) -> dict[str, float]:
@@ -244,6 +248,7 @@ def communication(job: Job, cluster: Cluster, strategy: Strategy) -> dict[str, f
     - `fsdp2`: rollouts gather the policy once; scoring gathers the model of each of its four roles
       (in half precision the policy's log-probs are computed again) a micro-batch; updates gather
       both models twice a micro-batch, forward and backward, and reduce-scatter gradients each time.
+      (Embeddings and output layer may stay for the backward pass: this is the most.)
     """
     gpus, steps = cluster.gpus, job.epochs * job.minibatches
     without, with_gradient = job.passes(cluster)

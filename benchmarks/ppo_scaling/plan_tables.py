@@ -14,6 +14,7 @@ from benchmarks.ppo_scaling.plan import (
     communication,
     compute_seconds,
     gathered_each_step,
+    layer_by_layer,
     peaks,
     split_decoding,
     static,
@@ -63,7 +64,7 @@ def time_table() -> str:
     """Seconds of an iteration, and GB that a GPU sends, by phase, where it fits."""
     header = ["model", "tuning", "GPUs", "prompts", "strategy"]
     for phase in PHASES:
-        header += [f"{phase}: s", "GB sent", "s"]
+        header += [f"{phase}, s", "sent, GB", "sending, s"]
     header += ["together, s"]
     rows = []
     for job, cluster in plans():
@@ -127,7 +128,7 @@ def _misfits(job: Job, cluster: Cluster, strategy: Strategy) -> list[str]:
 
 def _fits_unless_gathered(job: Job, cluster: Cluster, strategy: Strategy) -> bool:
     """Whether a rollout fits that gathers a layer at a time."""
-    rollout = peaks(job, cluster, strategy)["rollout"] - whole(job)
+    rollout = peaks(job, cluster, strategy)["rollout"] - whole(job) + layer_by_layer(job)
     return strategy == "fsdp2" and rollout <= cluster.memory
 
 

@@ -120,7 +120,7 @@ def test_bytes_that_a_process_sends() -> None:
     # A prefill and two steps of one group of rows.
     assert gathered_each_step(FULL, FOUR) == 3 * gather
     assert communication(LORA, FOUR, "ddp")["update"] == 2 * 2 * 0.75 * 2048
-    assert communication(LORA, FOUR, "fsdp2")["rollout"] == 0.75 * (2 * 1352 + 1024)
+    assert communication(LORA, FOUR, "fsdp2")["rollout"] == 0.75 * (2 * 1352 + 4 * 1024)
 
 
 def test_seconds() -> None:
