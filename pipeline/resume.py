@@ -257,7 +257,8 @@ def restore_training_tensors(
     """Set weights and the optimiser's numbers to what `training_tensors` found."""
     numbers = {key.split("/", 1)[0] for key in tensors} - {"weights"}
     for name, parameter in trained:
-        local(parameter).copy_(rows_like(tensors[f"weights/{name}"], parameter))
+        weight = _fitting_weight(tensors, numbers, name, parameter)
+        local(parameter).copy_(rows_like(weight, parameter))
         kept = {w: tensors[f"{w}/{name}"] for w in numbers if f"{w}/{name}" in tensors}
         optimiser.state[parameter] = {what: _laid_like(x, parameter) for what, x in kept.items()}
 
@@ -269,6 +270,32 @@ def _laid_like(full: Tensor, parameter: nn.Parameter) -> Tensor:
     laid = torch.empty_like(parameter, dtype=full.dtype, requires_grad=False)
     local(laid).copy_(rows_like(full, parameter))
     return laid
+
+
+def _fitting_weight(
+    tensors: Mapping[str, Tensor], numbers: set[str], name: str, parameter: nn.Parameter
+) -> Tensor:
+    """The weight in a state; what a state lacks would go on from zero, without a word.
+
+    A weight not trained yet (the policy's, while the value warms up) has no numbers at all.
+
+    Raises:
+        CheckpointError: the state is not of this model.
+    """
+    lacking = sorted(what for what in numbers if f"{what}/{name}" not in tensors)
+    if f"weights/{name}" not in tensors:
+        fault = f"no weights of {name}"
+    elif 0 < len(lacking) < len(numbers):
+        fault = f"no {', '.join(lacking)} of {name}"
+    else:
+        weight = tensors[f"weights/{name}"]
+        if weight.shape == parameter.shape:
+            return weight
+        fault = f"{name} of shape {tuple(weight.shape)}, not {tuple(parameter.shape)}"
+    raise CheckpointError(
+        f"the state has {fault}: it is of another model or another version of this software. Set "
+        "the configuration back, or choose another run.name to start anew"
+    )
 
 
 # --- random numbers ---

@@ -101,7 +101,10 @@ class RunFolder:
 
     def previous(self, name: str, key: str) -> Path:
         """Where a finished stage, or checkpoints of an unfinished one, are kept when replaced."""
-        return self.root / "previous" / f"{name}-{key[:12]}"
+        folder = f"{name}-{key[:12]}"
+        if Path(folder).name != folder:  # they come from a manifest, which anyone may have written
+            raise CheckpointError(f"{self.root}: a manifest there names the stage {name!r}")
+        return self.root / "previous" / folder
 
     def create(self) -> None:
         """Make the folder.
@@ -289,6 +292,8 @@ def verify(artifact: Path) -> Manifest:
         raise CheckpointError(f"{artifact} is not a finished artifact: it has no {MANIFEST}")
     for name, expected in manifest.files.items():
         path = artifact / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise CheckpointError(f"the manifest of {artifact} names {name}, outside of it")
         if not path.exists():
             raise CheckpointError(f"{path} is missing from the artifact of {manifest.stage}")
         if file_hash(path) != expected:

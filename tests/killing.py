@@ -12,10 +12,10 @@ from importlib import import_module
 from typing import Any
 
 
-def kill_at(place: str, nth: int, *, sleep: bool = False) -> None:
+def kill_at(place: str, nth: int, instead: str = "") -> None:
     """Have the n-th call of `MODULE:NAME` or `MODULE:CLASS.METHOD`, from 1, end this process.
 
-    With `sleep` it never returns instead.
+    Instead it may never return (`sleep`), or run $COMMAND in a shell and go on (`shell`).
     """
     module, _, path = place.partition(":")
     *owners, name = path.split(".")
@@ -28,9 +28,11 @@ def kill_at(place: str, nth: int, *, sleep: bool = False) -> None:
     def call(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
         calls += 1
-        if calls == nth and sleep:
+        if calls == nth and instead == "sleep":
             time.sleep(10**6)
-        if calls == nth:
+        if calls == nth and instead == "shell":
+            os.system(os.environ["COMMAND"])
+        elif calls == nth:
             os.kill(os.getpid(), signal.SIGKILL)
         return own(*args, **kwargs)
 
@@ -38,9 +40,9 @@ def kill_at(place: str, nth: int, *, sleep: bool = False) -> None:
 
 
 if __name__ == "__main__":
-    sleeps = sys.argv[3] == "sleep"
-    kill_at(sys.argv[1], int(sys.argv[2]), sleep=sleeps)
-    sys.argv = ["rlhf", *sys.argv[3 + sleeps :]]
+    instead = sys.argv[3] if sys.argv[3] in ("sleep", "shell") else ""
+    kill_at(sys.argv[1], int(sys.argv[2]), instead)
+    sys.argv = ["rlhf", *sys.argv[3 + bool(instead) :]]
     from stages.cli import main
 
     main()

@@ -262,7 +262,8 @@ def _advice(error: BaseException, revision: str | None) -> str:
             "access is refused. If it is gated, accept its licence on its Hub page; then run "
             "`hf auth login` or set HF_TOKEN."
         )
-    if "safetensors" in text and "does not appear to have a file" in text:
+    absent = ("does not appear to have a file", "no file named")
+    if "safetensors" in text and any(words in text for words in absent):
         return f"it has no safetensors weights; {_CONVERT}."
     if "trust_remote_code" in text:
         return (

@@ -277,6 +277,22 @@ def test_relative_links_resolve(page: Path) -> None:
     assert broken == []
 
 
+def test_tests_that_pages_name_exist() -> None:
+    known = {
+        f"{Path(name).name}::{node.name}"
+        for name, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef)
+    }
+    named = {
+        (page.name, test)
+        for page in _files(".md")
+        for test in re.findall(r"\w+\.py::\w+", page.read_text(encoding="utf-8"))
+    }
+    assert len(named) > 30
+    assert [pair for pair in sorted(named) if pair[1] not in known] == []
+
+
 @pytest.mark.parametrize("picture", _files(".svg"), ids=lambda path: path.name)
 def test_pictures_are_valid_xml(picture: Path) -> None:
     assert ElementTree.parse(picture).getroot().tag.endswith("svg")

@@ -1,5 +1,8 @@
 """Out of memory halves the micro-batch and repeats the step: the same step, or a clear end."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -23,6 +26,23 @@ def test_what_counts_as_out_of_memory():
     with pytest.raises(RuntimeError) as real:  # 8 PiB: refused by any machine
         torch.empty(1 << 50, dtype=torch.float64)
     assert is_out_of_memory(real.value)
+
+
+LIMITED = """
+import resource, torch
+from pipeline.out_of_memory import halving
+torch.ones(1).sum()
+pages = int(open("/proc/self/statm").read().split()[0])
+limit = pages * resource.getpagesize() + 400 * 2**20
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+print(*halving(lambda mib: float(torch.ones(mib, 2**18).sum()), 1024, 1, "-", undo=lambda: None))
+"""
+
+
+def test_halving_ends_where_memory_is_enough():
+    """Memory itself: 400 MiB more than the process has, so that 1024 and 512 MiB do not fit."""
+    done = subprocess.run([sys.executable, "-c", LIMITED], capture_output=True, text=True)
+    assert done.stdout.split() == [str(float(256 * 2**18)), "256"], done.stderr
 
 
 def test_halving_tries_smaller_parts_and_undoes_failed_ones():
