@@ -194,6 +194,18 @@ class Runtime:
         if self.world_size > 1:
             self.accelerator.wait_for_everyone()
 
+    def divided(self, total: int, work: Callable[[Sequence[int]], Iterable[T]]) -> list[T]:
+        """What `work(rows)` gives for each of `total` rows, every process doing its share of them.
+
+        All do all where there are fewer rows than processes: none may be left without, since passes
+        through sharded weights are made together.
+        """
+        if total < self.world_size:
+            return list(work(range(total)))
+        own = self.share(total)
+        found = self.gather_objects(list(zip(own, work(own), strict=True)))
+        return [result for _, result in sorted(found, key=lambda pair: pair[0])]
+
     def share(self, total: int) -> range:
         """This process's indices of `total` rows: rank, rank + world size, ..."""
         return range(self.rank, total, self.world_size)

@@ -34,6 +34,16 @@ class Completions:
         ]
         return cls(prompts, prompt_ids, completion_ids, texts, ended)
 
+    def take(self, rows: Sequence[int]) -> "Completions":
+        """Some rows, in the order asked for."""
+        return Completions(
+            prompts=[self.prompts[row] for row in rows],
+            prompt_ids=[self.prompt_ids[row] for row in rows],
+            completion_ids=[self.completion_ids[row] for row in rows],
+            texts=[self.texts[row] for row in rows],
+            ended=[self.ended[row] for row in rows],
+        )
+
     def __len__(self) -> int:
         return len(self.texts)
 

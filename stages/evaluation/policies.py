@@ -1,12 +1,13 @@
 """The responses of the policies to the held-out prompts, and everything measured on them."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pipeline.batches import TokenBatch
 from pipeline.codec import Codec
+from pipeline.distributed import Runtime
 from pipeline.errors import ConfigError
 from pipeline.generation import Engine, Sampling
 from pipeline.inference import infer
@@ -81,8 +82,10 @@ class Panel:
         seed: int,
         rewards: RewardSource,
         gold: RewardSource | None,
+        runtime: Runtime,
     ) -> None:
         self.section = section
+        self.runtime = runtime
         self.prompts = list(prompts)
         self.codec = codec
         self.engine = engine
@@ -108,27 +111,34 @@ class Panel:
     def answer(self, policy: Handle, sft: Handle) -> Answers:
         """One response of `policy` to each prompt."""
         drawn = self._draw(policy, 1)
-        return self._measure(drawn, self.rewards.score(drawn), self._kl(policy, sft, drawn))
+        return self._measure(drawn, self._scores(drawn), self._kl(policy, sft, drawn))
 
     def best_of_n(self, sft: Handle, n: int) -> Answers:
         """The best of n SFT responses to each prompt by the run's rewards."""
         drawn = self._draw(sft, n)
-        scores = self.rewards.score(drawn)
+        scores = self._scores(drawn)
         count = len(self.prompts)
         best = metrics.best_indices([scores[i::count] for i in range(count)])
         rows = [i + j * count for i, j in enumerate(best)]
-        chosen = _select(drawn, rows)
+        chosen = drawn.take(rows)
         return self._measure(chosen, [scores[row] for row in rows], metrics.best_of_n_kl(n))
 
     def _draw(self, policy: Handle, n: int) -> Completions:
         """n responses to each prompt; response j to prompt i stands in row i + j * N."""
         prompt_ids = self.prompt_ids * n
-        drawn = self.engine.generate(
-            policy, prompt_ids, list(range(len(prompt_ids))), self.sampling
-        )
-        return Completions.decode(
-            self.codec, self.prompts * n, prompt_ids, drawn.response_ids, drawn.ended
-        )
+
+        def write(rows: Sequence[int]) -> Iterable[tuple[list[int], bool]]:
+            asked = [prompt_ids[row] for row in rows]
+            drawn = self.engine.generate(policy, asked, list(rows), self.sampling)
+            return zip(drawn.response_ids, drawn.ended, strict=True)
+
+        written = self.runtime.divided(len(prompt_ids), write)
+        response_ids, ended = [ids for ids, _ in written], [end for _, end in written]
+        return Completions.decode(self.codec, self.prompts * n, prompt_ids, response_ids, ended)
+
+    def _scores(self, drawn: Completions) -> list[float]:
+        """What PPO maximised, of each response."""
+        return self.runtime.divided(len(drawn), lambda rows: self.rewards.score(drawn.take(rows)))
 
     def _measure(self, drawn: Completions, scores: list[float], kl: float) -> Answers:
         return Answers(
@@ -146,11 +156,15 @@ class Panel:
             return 0.0
         # Greedy responses have no distribution to divide by: their log-ratio is taken at 1.
         temperature = self.section.temperature or 1.0
-        ours, theirs = (
-            logprobs(handle, drawn, temperature, self.section.micro_batch_tokens)
-            for handle in (policy, sft)
-        )
-        return metrics.sequence_kl(ours, theirs)
+        budget = self.section.micro_batch_tokens
+
+        def both(rows: Sequence[int]) -> Iterable[tuple[list[float], list[float]]]:
+            own = drawn.take(rows)
+            ours, theirs = (logprobs(h, own, temperature, budget) for h in (policy, sft))
+            return zip(ours, theirs, strict=True)
+
+        found = self.runtime.divided(len(drawn), both)
+        return metrics.sequence_kl(*([pair[i] for pair in found] for i in (0, 1)))
 
 
 def logprobs(
@@ -201,13 +215,3 @@ def _references(prompts: Sequence[Prompt], column: str | None) -> list[str] | No
                 "column that every held-out prompt has, or leave the setting out"
             )
     return [prompt.columns[column] for prompt in prompts]
-
-
-def _select(drawn: Completions, rows: Sequence[int]) -> Completions:
-    return Completions(
-        prompts=[drawn.prompts[row] for row in rows],
-        prompt_ids=[drawn.prompt_ids[row] for row in rows],
-        completion_ids=[drawn.completion_ids[row] for row in rows],
-        texts=[drawn.texts[row] for row in rows],
-        ended=[drawn.ended[row] for row in rows],
-    )

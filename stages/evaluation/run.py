@@ -86,6 +86,7 @@ class EvaluationStage:
             context.runtime.seed(self.name),
             rewards,
             gold,
+            context.runtime,
         )
         prompts_cut = context.report_cuts(sft.codec).get(PROMPTS_CUT, 0)
         with context.runtime.autocast():

@@ -186,7 +186,9 @@ def measure(
         texts=list(chain.from_iterable(ranking.responses for ranking in rankings)),
         ended=[ids[-1] == handle.codec.end_id for row in encoded for ids in row.response_ids],
     )
-    scores = iter(score(handle, flat, context))
+    scores = iter(
+        context.runtime.divided(len(flat), lambda rows: score(handle, flat.take(rows), context))
+    )
     pairs = scored_pairs(
         [list(islice(scores, len(ranking.ranks))) for ranking in encoded],
         [ranking.ranks for ranking in encoded],

@@ -52,7 +52,7 @@ ppo:
     {{learning_rate: 5.0e-3, ppo_epochs: 2, minibatches: 3, micro_batch_tokens: 120,
       ptx_coef: 0.1, entropy_coef: 0.01, value_warmup_iterations: 1}}
   held_out: {{every: 2, num_prompts: 5}}
-evaluation: {{prompts: 4, max_new_tokens: 4}}
+evaluation: {{prompts: 5, max_new_tokens: 4}}
 """
 FORMS = {
     "full": ["sft.tuning=full", "reward.tuning=full", "ppo.tuning=full", "ppo.value=separate"],
@@ -101,7 +101,8 @@ def runs(request, tmp_path_factory):
     (folder / "c.yaml").write_text(CONFIG)
     form = FORMS[name]
     done = [
-        rlhf(folder, verb, "c.yaml", *form, "run.name=one") for verb in ("sft", "reward", "ppo")
+        rlhf(folder, verb, "c.yaml", *form, "run.name=one")
+        for verb in ("sft", "reward", "ppo", "evaluate")
     ]
     done.append(rlhf(folder, "run", "c.yaml", *form, "run.name=two", *LAUNCHES[strategy]))
     for one in done:
@@ -129,6 +130,16 @@ def test_two_processes_compute_what_one_does(runs):
             found = load_file(folder / "two" / path.relative_to(folder / "one"))
             for name, tensor in load_file(path).items():
                 torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-9)
+
+
+def test_the_evaluation_is_divided_and_the_same(runs):
+    folder, *_ = runs
+    one, two = (json.loads((folder / name / "evaluation/metrics.json").read_text())
+                for name in ("one", "two"))  # fmt: skip
+    for name, numbers in one["policies"].items():
+        assert numbers == pytest.approx(two["policies"][name], rel=1e-9, abs=1e-9), name
+    assert one["win_rate"] == two["win_rate"]
+    assert one["policies"]["sft"]["n"] == 5  # 3 and 2 a process
 
 
 def test_rollouts_agree_token_for_token(runs):
