@@ -116,6 +116,30 @@ Processes = Annotated[
         "--processes", min=1, help="With --launch: how many, over all machines.", show_default=False
     ),
 ]
+NumMachines = Annotated[
+    int | None,
+    typer.Option(
+        "--machines",
+        min=1,
+        help="With --launch: how many machines; start the same command on each.",
+        show_default=False,
+    ),
+]
+MachineRank = Annotated[
+    int | None,
+    typer.Option(
+        "--machine-rank", min=0, help="With --launch: which machine this is.", show_default=False
+    ),
+]
+Rendezvous = Annotated[
+    str | None,
+    typer.Option(
+        "--rendezvous",
+        metavar="HOST:PORT",
+        help="With --launch: where the machines meet, on the first of them.",
+        show_default=False,
+    ),
+]
 AllowChanges = Annotated[
     bool,
     typer.Option(
@@ -163,6 +187,9 @@ def _chain_verb(verb: str) -> Callable[..., None]:
         from_: SourceRuns = None,
         launch: Launch = None,
         processes: Processes = None,
+        machines: NumMachines = None,
+        machine_rank: MachineRank = None,
+        rendezvous: Rendezvous = None,
         allow_changes: AllowChanges = False,
     ) -> None:
         resolved = _load(config, overrides)
@@ -170,26 +197,35 @@ def _chain_verb(verb: str) -> Callable[..., None]:
         again = [verb, str(config), *(overrides or ()), *taken]
         if allow_changes:
             again.append("--allow-changes")
-        if not _launched(launch, processes, again):
+        where = {
+            "processes": processes,
+            "machines": machines,
+            "machine_rank": machine_rank,
+            "rendezvous": rendezvous,
+        }
+        if not _launched(launch, where, again):
             only = None if verb == "run" else verb
             _run_chain(resolved, from_, only, allow_changes=allow_changes)
 
     return command
 
 
-def _launched(name: str | None, processes: int | None, arguments: list[str]) -> bool:
+def _launched(name: str | None, where: dict[str, Any], arguments: list[str]) -> bool:
     """Whether many processes were asked for; they have run `rlhf ARGUMENTS` then.
 
     Raises:
         typer.Exit: they failed, with their exit code.
     """
     if name is None:
-        if processes is not None:
-            raise ConfigError("--processes is a number of processes that --launch NAME starts")
+        for option in (option for option, value in where.items() if value is not None):
+            raise ConfigError(
+                f"--{option.replace('_', '-')} is about processes that --launch NAME starts"
+            )
         return False
+    from pipeline.distributed.launch import Machines
     from pipeline.distributed.launch import launch as launch_processes
 
-    code = launch_processes(name, processes, arguments)
+    code = launch_processes(name, Machines(**where), arguments)
     if code:
         raise typer.Exit(code)
     return True

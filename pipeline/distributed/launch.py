@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.environment import ASKED_PROCESSES, num_processes
@@ -17,14 +18,44 @@ from pipeline.errors import ConfigError, TrainingError
 SHIPPED = Path(__file__).parents[2] / "configs" / "accelerate"
 
 
-def launch(name: str, processes: int | None, arguments: Sequence[str]) -> int:
+@dataclass(frozen=True)
+class Machines:
+    """Where the processes are, as far as it is not the configuration's to say (None)."""
+
+    processes: int | None = None  # over all machines
+    machines: int | None = None
+    machine_rank: int | None = None  # of this machine, from 0
+    rendezvous: str | None = None  # HOST:PORT on the first machine
+
+    def settings(self, path: Path) -> tuple[int, list[str]]:
+        """The number of processes, and the arguments of `accelerate launch`.
+
+        Raises:
+            ConfigError: the rendezvous is no HOST:PORT.
+        """
+        from accelerate.commands.config.config_args import load_config_from_file
+
+        processes = self.processes or load_config_from_file(str(path)).num_processes
+        given: dict[str, object] = {"config_file": path, "num_processes": processes}
+        given |= {"num_machines": self.machines, "machine_rank": self.machine_rank}
+        if self.rendezvous is not None:
+            host, colon, port = self.rendezvous.rpartition(":")
+            if not (host and colon and port.isdigit()):
+                raise ConfigError(
+                    f"--rendezvous {self.rendezvous}: write HOST:PORT, as 10.0.0.1:29500"
+                )
+            given |= {"main_process_ip": host, "main_process_port": port}
+        words = [(f"--{name}", str(value)) for name, value in given.items() if value is not None]
+        return processes, [word for pair in words for word in pair]
+
+
+def launch(name: str, where: Machines, arguments: Sequence[str]) -> int:
     """Run `rlhf ARGUMENTS` under the accelerate configuration `name`; returns its exit code.
 
     Raises:
         ConfigError: there is no such configuration, or accelerate refuses it.
         TrainingError: a process was killed.
     """
-    from accelerate.commands.config.config_args import load_config_from_file
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -32,10 +63,9 @@ def launch(name: str, processes: int | None, arguments: Sequence[str]) -> int:
     if num_processes() > 1:
         raise ConfigError("--launch is for the first process: leave it out under a launcher")
     path = find_configuration(name)
-    asked = processes or load_config_from_file(str(path)).num_processes
+    asked, settings = where.settings(path)
     if path.stem.startswith("cpu"):
         arguments = [*arguments, "run.device=cpu"]
-    settings = ["--config_file", str(path), "--num_processes", str(asked)]
     os.environ[ASKED_PROCESSES] = str(asked)
     # torch's C++ warnings, once a process: DDP takes a value that warms up for an oversight.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

@@ -15,6 +15,7 @@ import yaml
 from typer.testing import CliRunner
 
 import pipeline.chain
+from pipeline.distributed.launch import Machines, find_configuration
 from pipeline.distributed.runtime import refuse_fallback
 from pipeline.errors import ConfigError, TrainingError
 from stages import STAGES, cli
@@ -342,11 +343,27 @@ def test_another_launch_than_was_asked_for_is_refused(monkeypatch: pytest.Monkey
         refuse_fallback("DistributedType.NO", 1)
 
 
+def test_where_the_machines_are_is_said_to_accelerate() -> None:
+    from accelerate.commands.launch import launch_command_parser
+
+    path = find_configuration("ddp-multi-node")
+    processes, words = Machines(8, 4, 0, "node1:29511").settings(path)
+    assert processes == 8
+    found = launch_command_parser().parse_args([*words, "-m", "stages"])
+    told = (found.num_processes, found.num_machines, found.machine_rank)
+    assert told == (8, 4, 0)
+    assert (found.main_process_ip, found.main_process_port) == ("node1", 29511)
+    processes, words = Machines().settings(path)  # the file's own
+    assert processes == 16 and words == ["--config_file", str(path), "--num_processes", "16"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
         (["--launch", "ddq"], "no such configuration. There are cpu2, ddp"),
-        (["--processes", "2"], "--processes is a number of processes that --launch NAME starts"),
+        (["--processes", "2"], "--processes is about processes that --launch NAME starts"),
+        (["--machine-rank", "0"], "--machine-rank is about processes that --launch NAME starts"),
+        (["--launch", "ddp", "--rendezvous", "node1"], "--rendezvous node1: write HOST:PORT"),
     ],
 )
 def test_a_launch_that_cannot_be(config: str, arguments: list[str], expected: str) -> None:
