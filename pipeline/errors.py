@@ -8,6 +8,8 @@ our own are `assert`s and tracebacks, never these.
 class PipelineError(Exception):
     """Base of every error that the command line prints without a traceback (exit code 2)."""
 
+    everywhere = False  # whether every process raises it, so that the main one alone says it
+
 
 class ConfigError(PipelineError):
     """A configuration file or override is not valid."""

@@ -68,7 +68,9 @@ def leave(error: NotFinite, folder: Path, runtime: "Runtime") -> NotFinite:
                 # What is written down about a fault must not hide it.
                 where = f" Its rows could not be written down: {failure}"
     message = f"{str(error).rstrip('.')}.{where}"
-    return NotFinite(error.what, message, error.rows, error.place)
+    left = NotFinite(error.what, message, error.rows, error.place)
+    left.everywhere = True
+    return left
 
 
 def prompt_json(prompt: PromptText) -> Any:

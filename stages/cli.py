@@ -385,7 +385,7 @@ def _lost_another(error: RuntimeError) -> bool:
 def _print_error(error: PipelineError) -> None:
     rank = process_index()
     if rank:
-        if isinstance(error, ConfigError):
+        if isinstance(error, ConfigError) or error.everywhere:
             return  # every process reads the same config: the main one says it
         # What all processes meet, or the main one, is said once, by the main one: the launcher ends
         # the others when it goes. An error of this process alone is said here.

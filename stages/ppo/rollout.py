@@ -5,8 +5,9 @@ engine has are used where they are the training forward's to float32 rounding; e
 computes them again, and the engine's log-probs give importance weights.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +23,12 @@ from stages.ppo.config import RolloutSection
 from stages.ppo.objective import final_scores, importance_weights
 
 TRAINING_STREAM, HELD_OUT_STREAM = 0, 1
+Agree = Callable[[Callable[[], Any]], Any]
+
+
+def alone(work: Callable[[], Any]) -> Any:
+    """What `work` returns, for a process that no other waits for."""
+    return work()
 
 
 @dataclass(frozen=True)
@@ -106,8 +113,12 @@ def collect(
     seed: int,
     stream: int = TRAINING_STREAM,
     reward_clip: float | None = None,
+    agree: Agree = alone,
 ) -> Rollout:
     """Sample one response a prompt (`prompt_ids` are its tokens) and measure it.
+
+    `agree` does what may fail in one process alone, and has all of them fail then: what follows may
+    gather sharded weights from all.
 
     Raises:
         NotFinite: logits or scores; its rows count from 0 as the prompts do.
@@ -122,7 +133,8 @@ def collect(
     )
     # A value head on the policy's own states is read along with the logits.
     asked = value if value is not None and shares_trunk(policy, value) else policy
-    sampled = engine.generate(asked, prompt_ids, list(sample_indices), sampling)
+    indices = list(sample_indices)
+    sampled = agree(lambda: engine.generate(asked, prompt_ids, indices, sampling))
     completions = Completions.decode(
         codec, prompts, prompt_ids, sampled.response_ids, sampled.ended
     )
@@ -130,7 +142,7 @@ def collect(
     own = _own_numbers(policy, value, batch, sampled, section)
     ended = torch.tensor(sampled.ended)
     dtype = own["logprobs"].dtype
-    scores = torch.tensor(rewards.score(completions), dtype=dtype)
+    scores = torch.tensor(agree(lambda: rewards.score(completions)), dtype=dtype)
     ref_logprobs = infer(
         reference, batch, ["logprobs"], section.micro_batch_tokens, section.temperature
     )["logprobs"]

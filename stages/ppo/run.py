@@ -12,7 +12,7 @@ schedule is an iteration.
 
 import time
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from pipeline.errors import DataError, TrainingError
@@ -156,7 +156,9 @@ class Training:
             if self.checkpoints.best is None:
                 raise found from error
             message = f"{str(found).rstrip('.')}. {self.checkpoints.best_so_far}"
-            raise TrainingError(message) from error
+            last = TrainingError(message)
+            last.everywhere = found.everywhere
+            raise last from error
         finally:
             close_engine(self.engine)
 
@@ -348,6 +350,8 @@ class Training:
     ) -> Rollout:
         """Sample and score responses to `prompts`; all processes raise if one has to."""
 
+        agree = partial(together, runtime=self.runtime)
+
         def work() -> Rollout:
             rollout = collect(
                 self.models.policy,
@@ -362,13 +366,14 @@ class Training:
                 seed=self.runtime.seed(seed),
                 stream=stream,
                 reward_clip=self.section.advantage.reward_clip,
+                agree=agree,
             )
-            refuse_not_finite(rollout)
+            agree(lambda: refuse_not_finite(rollout))
             return rollout
 
         codec = self.models.policy.codec
         with self.runtime.autocast():
-            return together(lambda: with_texts(work, place, prompts, indices, codec), self.runtime)
+            return with_texts(work, place, prompts, indices, codec)
 
     def _demonstrations(self) -> list[Ragged]:
         if not self.section.optim.ptx_coef:

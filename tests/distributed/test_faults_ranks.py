@@ -25,8 +25,8 @@ def score(completions, **rest):
 """
 
 
-@pytest.fixture
-def two(tmp_path, monkeypatch):
+@pytest.fixture(params=["cpu2", "fsdp2"])
+def two(request, tmp_path, monkeypatch):
     write_config(tmp_path)
     monkeypatch.chdir(tmp_path)
     rlhf("sft", "run.name=parents")
@@ -34,9 +34,10 @@ def two(tmp_path, monkeypatch):
 
     def start(*arguments: str, faults: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "stages", "ppo", "c.yaml", "--from", "runs/parents"]
+        launch = ["--launch", request.param, *(["--processes", "2"] * (request.param != "cpu2"))]
         environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "300"}
         return subprocess.run(
-            [*command, *arguments, "ppo.held_out.every=10", "--launch", "cpu2"], cwd=tmp_path,
+            [*command, *arguments, "ppo.held_out.every=10", *launch], cwd=tmp_path,
             env=os.environ | environment | {"FAULTS": faults}, capture_output=True, text=True,
             timeout=120,
         )  # fmt: skip
