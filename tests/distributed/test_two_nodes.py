@@ -39,6 +39,7 @@ ADDRESSES = ("10.77.0.1", "10.77.0.2")
 PORT = 29500  # the nodes' own: nothing else listens in a new namespace
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
 FORM = FORMS["lora"]
+pytestmark = pytest.mark.timeout(600)  # up to five runs
 
 
 @dataclass(frozen=True)
@@ -100,10 +101,10 @@ def nodes() -> Iterator[list[Node]]:
 
 @contextmanager
 def launched(
-    nodes: list[Node], folder: Path, *arguments: str
+    nodes: list[Node], folder: Path, *arguments: str, name: str = "ddp-multi-node"
 ) -> Iterator[list[subprocess.Popen[str]]]:
     """`rlhf ARGUMENTS` by a process on each node; what still runs at the end is ended."""
-    config = ROOT / "configs" / "accelerate" / "ddp-multi-node.yaml"
+    config = ROOT / "configs" / "accelerate" / f"{name}.yaml"
     # A node's name leads to 127.0.0.1 here, as on many machines: gloo is told where the other is.
     environment = ENVIRONMENT | {"GLOO_SOCKET_IFNAME": INTERFACE}
     launchers = []
@@ -135,9 +136,9 @@ def end(process: subprocess.Popen[str]) -> None:
             process.kill()
 
 
-def by_two_nodes(nodes: list[Node], folder: Path, *arguments: str) -> list[str]:
+def by_two_nodes(nodes: list[Node], folder: Path, *arguments: str, name: str) -> list[str]:
     """What each node printed, after both are done."""
-    with launched(nodes, folder, *arguments) as launchers:
+    with launched(nodes, folder, *arguments, name=name) as launchers:
         texts = [launcher.communicate(timeout=150)[0] for launcher in launchers]
         assert [launcher.returncode for launcher in launchers] == [0, 0], "\n".join(texts)
     return texts
@@ -171,23 +172,28 @@ def wait_for_steps(metrics: Path, count: int, launchers: list[subprocess.Popen[s
 
 
 @pytest.mark.slow
-def test_two_nodes_compute_what_one_process_does(nodes, tmp_path):
+@pytest.mark.parametrize(("strategy", "form"), [("ddp", "lora"), ("fsdp2", "full")])
+def test_two_nodes_compute_what_one_process_does(nodes, tmp_path, strategy, form):
     (tmp_path / "c.yaml").write_text(CONFIG)
-    settings = ["c.yaml", *FORM, "sft.max_steps=6", "reward.max_steps=4", "ppo.iterations=2"]
+    name = f"{strategy}-multi-node"
+    settings = ["c.yaml", *FORMS[form], "sft.max_steps=6", "reward.max_steps=4", "ppo.iterations=2"]
     for verb in ("sft", "reward", "ppo"):
         done = rlhf(tmp_path, verb, *settings, "run.name=one")
         assert done.returncode == 0, done.stdout + done.stderr
     before = [node.received() for node in nodes]
-    first, second = by_two_nodes(nodes, tmp_path, "sft", *settings, "run.name=two")
-    assert "2 processes on cpu, DDP" in first
-    assert "DDP" not in second  # the main process alone speaks
+    first, second = by_two_nodes(nodes, tmp_path, "sft", *settings, "run.name=two", name=name)
+    assert f"2 processes on cpu, {strategy.upper()}" in first
+    assert strategy.upper() not in second  # the main process alone speaks
     # Each step's gradients, at least: 8 bytes a weight, which two processes exchange both ways.
+    # FSDP2 also gathers weights, for every pass.
     (path,) = (tmp_path / "runs/two/sft/artifact").rglob("*.safetensors")
     exchanged = 6 * 8 * sum(tensor.numel() for tensor in load_file(path).values())
     received = [node.received() - old for node, old in zip(nodes, before, strict=True)]
-    assert all(exchanged < size < 2 * exchanged for size in received), (exchanged, received)
+    most = {"ddp": 2, "fsdp2": 20}[strategy] * exchanged
+    assert all(exchanged < size < most for size in received), (exchanged, received)
     assert_same_stage(tmp_path / "runs/one/sft", tmp_path / "runs/two/sft")
-    by_two_nodes(nodes, tmp_path, "ppo", *settings, "run.name=ppo", "--from", "runs/one")
+    again = [*settings, "run.name=ppo", "--from", "runs/one"]
+    by_two_nodes(nodes, tmp_path, "ppo", *again, name=name)
     assert_same_stage(tmp_path / "runs/one/ppo", tmp_path / "runs/ppo/ppo")
 
 
@@ -242,8 +248,9 @@ else:
 
 
 @pytest.mark.slow
-def test_the_slurm_script_stops_and_goes_on(nodes, tmp_path):
-    """docs/slurm/ppo-ddp.sbatch on two nodes, with stand-ins for srun and scontrol."""
+@pytest.mark.parametrize("name", ["ppo-ddp", "ppo-fsdp2"])
+def test_the_slurm_script_stops_and_goes_on(nodes, tmp_path, name):
+    """A script of docs/slurm on two nodes, with stand-ins for srun and scontrol."""
     (tmp_path / "c.yaml").write_text(CONFIG)
     settings = [*FORM, "ppo.iterations=30", "sft.max_steps=2", "reward.max_steps=2"]
     for verb in ("sft", "reward"):
@@ -251,13 +258,13 @@ def test_the_slurm_script_stops_and_goes_on(nodes, tmp_path):
         assert done.returncode == 0, done.stdout + done.stderr
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     (tmp_path / "nodes.json").write_text(json.dumps([node.inside for node in nodes]))
-    for name, code in (("srun", SRUN), ("scontrol", SCONTROL)):
-        (tmp_path / name).write_text(f"#!{sys.executable}\n{code}")
-        (tmp_path / name).chmod(0o755)
+    for command, code in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (tmp_path / command).write_text(f"#!{sys.executable}\n{code}")
+        (tmp_path / command).chmod(0o755)
     here = {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]"}
     here |= {"SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "1", "GLOO_SOCKET_IFNAME": INTERFACE}
     path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    script = [str(ROOT / "docs/slurm/ppo-ddp.sbatch"), "c.yaml", *settings, "run.device=cpu"]
+    script = [str(ROOT / f"docs/slurm/{name}.sbatch"), "c.yaml", *settings, "run.device=cpu"]
 
     @contextmanager
     def job() -> Iterator[subprocess.Popen[str]]:

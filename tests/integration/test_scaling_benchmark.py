@@ -170,41 +170,66 @@ def test_gathered_weights_are_counted(of_four: None) -> None:
     assert counts["reduce_scatter"] == {"calls": 1, "bytes": 4 * 80}
 
 
+# The quick size: width 64, inner width 176, 2 layers, 400 words. Attention, MLP and norms of a
+# layer; the last norm and the embeddings; and a head.
+LAYER = 4 * 64 * 64 + 3 * 64 * 176 + 2 * 64
+MODEL, HEAD = 2 * LAYER + 64 + 400 * 64, 64 + 1
+STEPS = 2 * 2  # epochs and minibatches
+
+
+def _cases(out: Path, *arguments: str) -> tuple[list[dict[str, Any]], str]:
+    """What `--processes` measures in the quick size, with a value model of its own; and prints."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "scaling.py"), "--quick", *arguments]
+    command += ["--values", "own", "--json", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    cases: list[dict[str, Any]] = json.loads(out.read_text(encoding="utf-8"))["cases"]
+    return cases, done.stdout
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # eight runs
 def test_two_processes_reduce_what_they_train(tmp_path: Path) -> None:
     """The PPO stage in two processes, tiny: bytes of its gradients are those of its weights."""
-    out = tmp_path / "processes.json"
-    command = [sys.executable, str(ROOT / "benchmarks" / "scaling.py"), "--quick"]
-    command += ["--processes", "1", "2", "--values", "own", "--json", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    # Width 64, inner width 176, 2 layers, 400 words: attention, MLP, norms; the last norm.
-    model = 2 * (4 * 64 * 64 + 3 * 64 * 176 + 2 * 64) + 64 + 400 * 64
+    cases, text = _cases(tmp_path / "processes.json", "--processes", "1", "2")
     adapter = 2 * 8 * (4 * (64 + 64) + 3 * (64 + 176))  # rank 8 on every linear layer
-    head = 64 + 1
-    trained = {"full": 2 * model + head, "lora": 2 * adapter + head}
-    steps = 2 * 2  # epochs and minibatches
-    cases = json.loads(out.read_text(encoding="utf-8"))["cases"]
+    trained = {"full": 2 * MODEL + HEAD, "lora": 2 * adapter + HEAD}
     assert [case["case"]["processes"] for case in cases] == [1, 2, 1, 2]
     for case in cases:
         weights, ranks = trained[case["case"]["tuning"]], case["ranks"]
         assert [rank["rank"] for rank in ranks] == list(range(case["case"]["processes"]))
         for rank in ranks:
-            assert (rank["trained"], rank["optimiser_steps"]) == (weights, steps)
+            assert (rank["trained"], rank["optimiser_steps"]) == (weights, STEPS)
             assert rank["gradients_mb"] * 2**20 == pytest.approx(4 * weights)
             assert rank["collectives"] == ranks[0]["collectives"]
         if len(ranks) == 1:
             assert ranks[0]["collectives"] == {}
             continue
         counts = ranks[0]["collectives"]
-        assert counts["update"]["all_reduce"]["bytes"] == steps * 4 * weights
-        assert "rollout" not in counts and "scoring" not in counts
-        others = (
-            sum(entry["bytes"] for name, entry in counts["update"].items()) - steps * 4 * weights
-        )
+        assert counts["update"]["all_reduce"]["bytes"] == STEPS * 4 * weights
+        sizes = [entry["bytes"] for phase in counts.values() for entry in phase.values()]
+        others = sum(sizes) - STEPS * 4 * weights
         assert others < 4000
-    assert "| ddp | lora | own | 2 | update | all_reduce |" in done.stdout
+    assert "| ddp | lora | own | 2 | update | all_reduce |" in text
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_two_processes_gather_what_they_divide(tmp_path: Path) -> None:
+    """The same with FSDP2: a rollout gathers the policy once; rows of gradients come back."""
+    arguments = ["--processes", "2", "--strategies", "fsdp2", "--tunings", "full"]
+    ((case,), _) = _cases(tmp_path / "processes.json", *arguments)
+    counts = case["ranks"][0]["collectives"]
+    assert counts["rollout"]["all_gather"]["bytes"] == 4 * MODEL
+    # Rows of odd lengths are filled up: a head of 65 numbers.
+    trained = 2 * MODEL + HEAD
+    assert 0 <= counts["update"]["reduce_scatter"]["bytes"] - STEPS * 4 * trained < 100
+    # Reference, value and reward score; both models pass forward and backward.
+    scored, passed = 3 * 4 * MODEL, STEPS * 4 * 2 * MODEL
+    assert scored <= counts["scoring"]["all_gather"]["bytes"] < 1.01 * scored
+    assert passed < counts["update"]["all_gather"]["bytes"] <= 2.01 * passed
+    for rank in case["ranks"]:
+        assert rank["gradients_mb"] * 2**20 == pytest.approx(4 * trained / 2, rel=0.01)
 
 
 @pytest.mark.slow
