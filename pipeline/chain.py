@@ -7,7 +7,7 @@ Work whose key (`keys.py`) is unchanged is never done twice, in this run or take
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from pipeline.environment import environment
-from pipeline.errors import CheckpointError
+from pipeline.errors import CheckpointError, PipelineError
 from pipeline.keys import difference, stage_material
 from pipeline.resume import States, complete_states, newest_manifest
 from pipeline.runfolder import (
@@ -235,6 +235,7 @@ class Chain:
             self.console.print(f"  {self.runtime.strategy}", highlight=False)
         run = self.config.run
         tracker = Tracker(own.root, run.name, run.trackers, self.console, self.runtime.is_main)
+        states = States(own, planned.key, planned.material, self.runtime)
         context = Context(
             config=self.config,
             runtime=self.runtime,
@@ -245,7 +246,7 @@ class Chain:
             parents={name: self.folder.stage(name).artifact for name in stage.needs(self.config)},
             tracker=tracker,
             console=self.console,
-            states=States(own, planned.key, planned.material, self.runtime),
+            states=states,
         )
         if self.runtime.is_main and self.predict is not None:
             predicted = self.predict(self.config, stage.name)
@@ -254,6 +255,11 @@ class Chain:
         started = time.perf_counter()
         try:
             summary = stage.run(context)
+            states.settle()
+        except PipelineError:
+            with suppress(PipelineError):  # the first one is the one to tell
+                states.settle(together=False)
+            raise
         finally:
             tracker.close()
             if self.runtime.shards:

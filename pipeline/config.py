@@ -115,6 +115,11 @@ class RunSection(Section):
         description="On CUDA, decoding replays captured graphs; off for models that cannot be.",
         json_schema_extra=NOT_IN_KEY,
     )
+    save_in_background: bool | None = Field(
+        None,
+        description="Write states to go on from while training goes on; unset, on accelerators.",
+        json_schema_extra=NOT_IN_KEY,
+    )
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "comet_ml", "aim"], ...] = Field(
         ("tensorboard",), description="Trackers that get the metrics besides metrics.jsonl."
     )

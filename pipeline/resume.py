@@ -9,9 +9,12 @@ import json
 import os
 import random
 import shutil
+import threading
+import time
 from collections import ChainMap
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -104,7 +107,12 @@ class Resumed:
 
 
 class States:
-    """The states of one training: the newest `KEPT_STATES` of them."""
+    """The states of one training: the newest `KEPT_STATES` of them.
+
+    Where training computes on an accelerator, a state is copied to the host and written while
+    training goes on (`run.save_in_background`). On a processor the copy would take the memory, and
+    the writing the cores, that training works with.
+    """
 
     def __init__(
         self, stage: "StageFolder", key: str, material: Mapping[str, Any], runtime: "Runtime"
@@ -112,32 +120,63 @@ class States:
         self.folder, self.metrics_jsonl = stage.checkpoints, stage.metrics_jsonl
         self.stage, self.key, self.material = stage.root.name, key, material
         self.runtime = runtime
+        self._writing: _Writing | None = None
+
+    @property
+    def in_background(self) -> bool:
+        """Whether training goes on while a state is written."""
+        asked = self.runtime.run.save_in_background
+        return self.runtime.device.type != "cpu" if asked is None else asked
 
     def save(self, step: int, run: State, own: State) -> None:
         """Leave the state of a step: `run` by the main process, `own` by each.
 
-        Older states go when this one is complete.
+        Older states go when this one is complete, which in the background is later than the return
+        (`settle`).
 
         Raises:
-            PipelineError: no room; older states are intact.
+            PipelineError: no room, for this one or the one before it; older states are intact.
         """
-        folder, rank = self.folder / f"{PREFIX}{step}", self.runtime.rank
+        self.settle()
+        folder, logged = self.folder / f"{PREFIX}{step}", self._logged()
+        is_main = self.runtime.is_main
         rows = {name: local(x) for name, x in run.tensors.items() if is_sharded(x)}
-        whole = {name: x for name, x in run.tensors.items() if name not in rows}
+        # Of what all have, the main process's is written.
+        whole = {n: x for n, x in run.tensors.items() if n not in rows} if is_main else {}
+        if self.in_background:
+            rows, whole, run = _copied(rows), _copied(whole), State({}, deepcopy(run.numbers))
         self.runtime.from_main(lambda: self._begin(folder))
-        try:
-            with writing(folder):
-                if self.runtime.is_main:
-                    State(whole, run.numbers).write(folder / "run")
-                if rows:
-                    _write_tensors(rows, folder / f"{ROWS}{rank}.safetensors")
-                own.write(folder / f"rank-{rank}")
-            self.runtime.barrier()
-            self.runtime.from_main(lambda: self._complete(folder, step))
-        except PipelineError as error:
-            shutil.rmtree(folder, ignore_errors=True)
-            needed = (State(rows | whole).size + own.size) / 2**20
-            raise PipelineError(f"{error} This checkpoint needs {needed:,.1f} MiB.") from error
+
+        def write() -> None:
+            if is_main:
+                State(whole, run.numbers).write(folder / "run")
+            if rows:
+                _write_tensors(rows, folder / f"{ROWS}{self.runtime.rank}.safetensors")
+            own.write(folder / f"rank-{self.runtime.rank}")
+
+        def complete() -> None:
+            if is_main:
+                self._complete(folder, step, logged)
+
+        size = State(rows | whole).size + own.size
+        self._writing = _Writing(folder, size, write, complete, self.runtime.world_size)
+        if self.in_background:
+            self._writing.start()
+        else:
+            self._writing.by_hand(self.runtime.barrier)
+            self.settle()
+
+    def settle(self, *, together: bool = True) -> None:
+        """Wait until the last state is complete, in all processes or (one that fails) in this one.
+
+        Raises:
+            PipelineError: it could not be written; older states are intact.
+        """
+        last, self._writing = self._writing, None
+        if last is not None:
+            last.settle()
+            if together:
+                self.runtime.barrier()
 
     def newest(self, console: Console) -> Resumed | None:
         """The newest state whose files are all there and unchanged, or None.
@@ -145,6 +184,7 @@ class States:
         A damaged one is named, and the one before it is taken. What was logged after it is cut off
         metrics.jsonl; trackers keep theirs.
         """
+        self.settle()
         step = self.runtime.from_main(lambda: self._newest_whole(console))
         if step is None:
             return None
@@ -165,6 +205,7 @@ class States:
                 for folder in (folder for at, folder in found if at > step):
                     shutil.rmtree(folder, ignore_errors=True)
 
+        self.settle()
         self.runtime.from_main(remove)
 
     def numbers_of_kept(self) -> list[Mapping[str, Any]]:
@@ -182,13 +223,13 @@ class States:
                 shutil.rmtree(folder)
             folder.mkdir(parents=True)
 
-    def _complete(self, folder: Path, step: int) -> None:
+    def _complete(self, folder: Path, step: int, logged: int) -> None:
         write_manifest(
             folder,
             stage=self.stage,
             key=self.key,
             material=self.material,
-            summary={"step": step, "processes": self.runtime.world_size, "metrics": self._logged()},
+            summary={"step": step, "processes": self.runtime.world_size, "metrics": logged},
             seconds=0.0,
         )
         for _, old in complete_states(self.folder)[KEPT_STATES:]:
@@ -210,6 +251,60 @@ class States:
     def _logged(self) -> int:
         """Bytes of metrics.jsonl."""
         return self.metrics_jsonl.stat().st_size if self.metrics_jsonl.exists() else 0
+
+
+class _Writing(threading.Thread):
+    """One process's part in writing a state, then the main one's that completes it."""
+
+    def __init__(
+        self,
+        folder: Path,
+        size: int,
+        write: Callable[[], None],
+        complete: Callable[[], None],
+        processes: int,
+    ) -> None:
+        super().__init__(daemon=True)  # who ends at once leaves an incomplete state behind
+        self.folder, self.size, self.processes = folder, size, processes
+        self.write, self.complete = write, complete
+        self.error: Exception | None = None
+
+    def run(self) -> None:
+        """In the background, where no collective may be made: files say who is done."""
+        self.by_hand(self._wait_for_files)
+
+    def by_hand(self, wait: Callable[[], None]) -> None:
+        """Write, wait for the other processes, complete; an error is kept for `settle`."""
+        try:
+            with writing(self.folder):
+                self.write()
+            wait()
+            self.complete()
+        except Exception as error:  # a thread's own would be lost
+            self.error = error
+
+    def settle(self) -> None:
+        """Wait for the end, and raise what went wrong."""
+        if self.ident is not None:
+            self.join()
+        if self.error is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            if not isinstance(self.error, PipelineError):
+                raise self.error
+            needed = self.size / 2**20
+            raise PipelineError(
+                f"{self.error} This checkpoint needs {needed:,.1f} MiB."
+            ) from self.error
+
+    def _wait_for_files(self) -> None:
+        # Each process's JSON is its last file. One that cannot write ends, and the run with it.
+        while len(list(self.folder.glob("rank-*.json"))) < self.processes:
+            time.sleep(0.05)
+
+
+def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the host, which training does not touch."""
+    return {name: x.detach().to("cpu", copy=True) for name, x in tensors.items()}
 
 
 def complete_states(checkpoints: Path) -> list[tuple[int, Path]]:

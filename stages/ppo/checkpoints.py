@@ -33,7 +33,7 @@ class Checkpoints:
         """A state of the run was saved, and the oldest went."""
         assert self.best is not None
         before = set(self.bests_of_states)
-        self.bests_of_states = [*self.bests_of_states, self.best[0]][-KEPT_STATES:]
+        self.bests_of_states = [*self.bests_of_states, self.best[0]][-self._kept :]
         for iteration in before - {*self.bests_of_states, self.best[0]}:
             self._drop(iteration)
 
@@ -74,6 +74,12 @@ class Checkpoints:
             f"The best policy so far (iteration {iteration}, held-out reward {reward:.3f}) is in "
             f"{self._folder(iteration)}: another run can start from it (ppo.policy)"
         )
+
+    @property
+    def _kept(self) -> int:
+        """How many states there may be; one that is written in the background replaces none yet."""
+        states = self.context.states
+        return KEPT_STATES + (states is not None and states.in_background)
 
     def _folder(self, iteration: int) -> Path:
         return self.context.folder.checkpoints / f"step-{iteration}"

@@ -52,6 +52,7 @@ FORMS = {
     "lora": ["ppo.tuning=lora", "ppo.value=separate"],
     "full": ["ppo.tuning=full", "ppo.value=separate"],
     "shared": ["ppo.tuning=lora", "ppo.value=shared"],
+    "background": ["ppo.tuning=lora", "ppo.value=separate", "run.save_in_background=true"],
 }
 UPDATE = "stages.ppo.run:Training.update"
 COMPLETE, TENSORS = "pipeline.resume:write_manifest", "pipeline.resume:State.write"
@@ -124,6 +125,9 @@ def assert_same(run: Path, whole: Path) -> None:
         pytest.param("lora", FINISH, 1, 6, marks=pytest.mark.slow),
         pytest.param("full", UPDATE, 5, 4, marks=pytest.mark.slow),
         pytest.param("shared", UPDATE, 5, 4, marks=pytest.mark.slow),
+        # Killed while the second state is written in the background, in whichever iteration.
+        pytest.param("background", TENSORS, 3, 2, marks=pytest.mark.slow),
+        ("background", COMPLETE, 2, 2),
     ],
 )
 def test_a_killed_run_goes_on_as_if_it_had_not_been(folder, whole, form, place, nth, step):
