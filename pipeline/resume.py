@@ -350,7 +350,10 @@ def restore_training_tensors(
     tensors: Mapping[str, Tensor], trained: Iterable[tuple[str, nn.Parameter]], optimiser: Any
 ) -> None:
     """Set weights and the optimiser's numbers to what `training_tensors` found."""
-    numbers = {key.split("/", 1)[0] for key in tensors} - {"weights"}
+    trained = list(trained)
+    names = {name for name, _ in trained}
+    parts = (key.partition("/") for key in tensors)  # a state may hold other tensors, too
+    numbers = {what for what, _, name in parts if name in names} - {"weights"}
     for name, parameter in trained:
         weight = _fitting_weight(tensors, numbers, name, parameter)
         local(parameter).copy_(rows_like(weight, parameter))

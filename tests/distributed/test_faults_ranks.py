@@ -21,7 +21,7 @@ def score(completions, **rest):
     global calls; calls += 1
     bad = os.environ["RANK"] == "1" and (calls == 3 if os.environ["FAULTS"] == "1" else calls > 2)
     scores = [float(len(text)) for text in completions]
-    return [*scores[:-1], float("nan")] if bad else scores
+    return [*scores[:-1], float(os.environ["SCORE"])] if bad else scores
 """
 
 
@@ -32,14 +32,14 @@ def two(request, tmp_path, monkeypatch):
     rlhf("sft", "run.name=parents")
     (tmp_path / "judge.py").write_text(JUDGE)
 
-    def start(*arguments: str, faults: str) -> subprocess.CompletedProcess[str]:
+    def start(*arguments: str, faults: str, score: str = "nan") -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "stages", "ppo", "c.yaml", "--from", "runs/parents"]
         launch = ["--launch", request.param, *(["--processes", "2"] * (request.param != "cpu2"))]
         environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "300"}
         return subprocess.run(
             [*command, *arguments, "ppo.held_out.every=10", *launch], cwd=tmp_path,
-            env=os.environ | environment | {"FAULTS": faults}, capture_output=True, text=True,
-            timeout=120,
+            env=os.environ | environment | {"FAULTS": faults, "SCORE": score}, capture_output=True,
+            text=True, timeout=120,
         )  # fmt: skip
 
     return start
@@ -59,6 +59,15 @@ def test_a_score_of_one_process_ends_both(two, tmp_path):
     # Iteration 2 asks samples 4 to 7; rank 1 has 5 and 7.
     (row,) = left(tmp_path / "runs/r/ppo")
     assert row["sample_index"] == 7 and row["score"] == "nan" and row["prompt"]
+
+
+def test_a_loss_of_one_process_ends_both(two, tmp_path):
+    """A score whose square is not float32's: the value loss of that one row is infinite."""
+    done = two("run.name=r", "ppo.advantage.whiten=false", faults="many", score="1e30")
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stderr.count("value_loss is not finite in iteration 2, epoch 0") == 1
+    assert "among the samples [" in done.stderr and "Traceback" not in done.stderr
+    assert 7 in [row["sample_index"] for row in left(tmp_path / "runs/r/ppo")]
 
 
 def test_both_go_back_and_go_on(two, tmp_path):

@@ -3,10 +3,14 @@
 Started by torchrun as a subprocess: a fork after torch has run would hang.
 """
 
+import json
+import math
+import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,12 +29,17 @@ def test_two_processes_train_like_one() -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("same weights") == 4  # two processes, two batch sizes
+    assert done.stdout.count("both ended") == 2
 
 
 def worker() -> None:
+    from torch import Tensor, nn
+
+    from pipeline.not_finite import NOT_FINITE, NotFinite
     from tests.unit.test_hf_trainer import (
         PointRows,
         Settings,
+        SquaredError,
         assert_same_weights,
         by_hand,
         fit,
@@ -45,6 +54,25 @@ def worker() -> None:
             fit(module, Path(folder), settings, PointRows(7))
         assert_same_weights(module, by_hand(settings))
         print("same weights", flush=True)
+
+    class Spoilt(SquaredError):
+        def loss_sum(self, model: nn.Module, batch: Any) -> Tensor:
+            spoilt = self._rank == 1 and self.state.global_step == 2
+            return super().loss_sum(model, batch) * (math.nan if spoilt else 1.0)
+
+    with tempfile.TemporaryDirectory() as folder:
+        module = linear()
+        with pytest.raises(NotFinite, match="the loss is nan at step 3") as caught:
+            fit(module, Path(folder), Settings(), trainer=Spoilt)
+        # The main process writes the rows of rank 1, which it did not have.
+        rows = caught.value.rows
+        assert bool(rows) == (os.environ["RANK"] == "1")
+        if not rows:
+            assert json.loads((Path(folder) / NOT_FINITE).read_text())["rows"]
+        two_steps = linear()
+        fit(two_steps, Path(folder), Settings(max_steps=2))
+        assert_same_weights(module, two_steps)
+        print("both ended", flush=True)
 
 
 if __name__ == "__main__":
