@@ -131,8 +131,8 @@ def assert_same(run: Path, whole: Path) -> None:
     ],
 )
 def test_a_killed_run_goes_on_as_if_it_had_not_been(folder, whole, form, place, nth, step):
-    arguments = [*FORMS[form], f"run.name=k-{form}-{place[-9:].replace(':', '.')}-{nth}"]
-    arguments += ["--from", "runs/parents"]
+    name = f"k-{form}-{place[-9:].replace(':', '.')}-{nth}"
+    arguments = [*FORMS[form], f"run.name={name}", "--from", "runs/parents"]
     killed = start(folder, *arguments, kill=(place, nth))
     assert killed.returncode == -signal.SIGKILL, killed.stdout + killed.stderr
     done = start(folder, *arguments)
@@ -140,7 +140,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(folder, whole, form, place, 
     assert ("going on after step" in done.stdout) == (step is not None)
     if step is not None:
         assert f"going on after step {step}\n" in done.stdout
-    assert_same(folder / "runs" / arguments[2].removeprefix("run.name=") / "ppo", whole(form))
+    assert_same(folder / "runs" / name / "ppo", whole(form))
 
 
 STEP = "pipeline.hf_trainer:PlannedTrainer.training_step"
