@@ -67,6 +67,9 @@ def launch(name: str, where: Machines, arguments: Sequence[str]) -> int:
     if path.stem.startswith("cpu"):
         arguments = [*arguments, "run.device=cpu"]
     os.environ[ASKED_PROCESSES] = str(asked)
+    # After SIGTERM the step in hand is finished, which torchrun gives 30 s; it ends the others of a
+    # process that failed within 30 s all the same.
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "3600")
     # torch's C++ warnings, once a process: DDP takes a value that warms up for an oversight.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)

@@ -8,7 +8,6 @@ namespace: the machine's own network is not touched, and they end with the proce
 import json
 import math
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -27,6 +26,7 @@ from tests.distributed.test_pipeline_ranks import (
     CONFIG,
     ENVIRONMENT,
     FORMS,
+    RLHF,
     ROOT,
     TIMES,
     children,
@@ -37,7 +37,6 @@ from tests.distributed.test_pipeline_ranks import (
 INTERFACE = "net0"
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 PORT = 29500  # the nodes' own: nothing else listens in a new namespace
-ACCELERATE = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
 FORM = FORMS["lora"]
 pytestmark = pytest.mark.timeout(600)  # up to five runs
 
@@ -104,18 +103,16 @@ def launched(
     nodes: list[Node], folder: Path, *arguments: str, name: str = "ddp-multi-node"
 ) -> Iterator[list[subprocess.Popen[str]]]:
     """`rlhf ARGUMENTS` by a process on each node; what still runs at the end is ended."""
-    config = ROOT / "configs" / "accelerate" / f"{name}.yaml"
     # A node's name leads to 127.0.0.1 here, as on many machines: gloo is told where the other is.
     environment = ENVIRONMENT | {"GLOO_SOCKET_IFNAME": INTERFACE}
     launchers = []
     try:
         for rank, node in enumerate(nodes):
-            settings = [f"--config_file={config}", "--num_machines=2", "--num_processes=2"]
-            settings += [f"--machine_rank={rank}", f"--main_process_ip={ADDRESSES[0]}"]
-            settings += [f"--main_process_port={PORT}", "-m", "stages"]
+            settings = ["--launch", name, "--machines=2", "--processes=2", f"--machine-rank={rank}"]
+            settings += [f"--rendezvous={ADDRESSES[0]}:{PORT}", "run.device=cpu"]
             launchers.append(
                 subprocess.Popen(
-                    [*node.inside, *ACCELERATE, *settings, *arguments, "run.device=cpu"],
+                    [*node.inside, *RLHF, *arguments, *settings],
                     cwd=folder, env=environment, text=True,
                     stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                 )
@@ -211,7 +208,7 @@ def test_nodes_stop_together(nodes, tmp_path):
     (state,) = metrics.parent.glob("checkpoints/state-*")
     step = json.loads((state / "manifest.json").read_text())["summary"]["step"]
     assert f"SFT: stopped after step {step}, as asked" in texts[0]
-    assert re.search(r"rank +: 0 .*\n +exitcode +: 143 ", texts[0])  # accelerate's own is 1
+    assert [launcher.returncode for launcher in launchers] == [143, 143], texts
     with launched(nodes, tmp_path, *training) as launchers:
         wait_for_steps(metrics, step + 1, launchers)
         (worker,) = children(launchers[1].pid)
@@ -220,7 +217,8 @@ def test_nodes_stop_together(nodes, tmp_path):
         texts = [launcher.communicate(timeout=90)[0] for launcher in launchers]
     assert f"going on after step {step}" in texts[0]
     assert time.monotonic() - began < 60
-    assert all(launcher.returncode for launcher in launchers)
+    assert all(launcher.returncode == 2 for launcher in launchers), texts
+    assert texts[1].count("error: rank 1 was ended by SIGKILL") == 1
 
 
 # Runs a command on each node, as srun does: a node's number in SLURM_NODEID, signals passed on.
