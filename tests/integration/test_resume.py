@@ -144,7 +144,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(folder, whole, form, place, 
 
 
 STEP = "pipeline.hf_trainer:PlannedTrainer.training_step"
-STORED = "pipeline.models.store:ModelStore.save"
+STORED = "pipeline.models.store:ModelStore.write"
 
 
 @pytest.mark.parametrize(

@@ -114,10 +114,11 @@ def test_what_it_goes_back_to_is_the_state_and_nothing_of_after(place, fails):
         (5, 1, 4),  # before it diverged
     ],
 )
+@pytest.mark.parametrize("background", ["false", pytest.param("true", marks=pytest.mark.slow)])
 def test_a_killed_run_that_rolled_back_goes_on_as_if_it_had_not_been(
-    place, monkeypatch, fails, iteration, call, step
+    place, fails, iteration, call, step, background
 ):
-    more = [*PPO, "ppo.iterations=8"]
+    more = [*PPO, "ppo.iterations=8", f"run.save_in_background={background}"]
     fails(5, times=1)
     rlhf("ppo", "run.name=whole", *more)
     with pytest.MonkeyPatch.context() as patch:
