@@ -3,7 +3,7 @@
 A small chain (SFT, reward model, PPO, evaluation, export; a state after every step) runs once to
 its end. Then the same run is started in other folders, killed by SIGKILL at random moments, started
 again with the same command until it finishes, and compared: metrics (times apart), weights, samples
-and texts have to be the same bytes.
+and texts have to be the same bytes. Every second run writes its states in the background.
 
     python benchmarks/kill_resume.py --kills 50
 """
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -72,15 +73,16 @@ def main() -> None:
         while kills < arguments.kills:
             runs += 1
             run = f"killed-{runs}"
+            settings = [f"run.save_in_background={'true' if runs % 2 == 0 else 'false'}"]
             code = None
             while code is None and kills < arguments.kills:
-                code = start(folder, run, moments.uniform(2.0, whole))
+                code = start(folder, run, moments.uniform(2.0, whole), settings)
                 if code is None:
                     kills += 1
                     stage = newest_stage(folder / "runs" / run)
                     stages[stage] = stages.get(stage, 0) + 1
             if code is None:
-                code = start(folder, run, None)
+                code = start(folder, run, None, settings)
             if code != 0:
                 lost += 1
                 print(f"{run}: lost, exit code {code}", flush=True)
@@ -96,10 +98,12 @@ def main() -> None:
         sys.exit(bool(lost or differing))
 
 
-def start(folder: Path, run: str, kill_after: float | None) -> int | None:
+def start(
+    folder: Path, run: str, kill_after: float | None, settings: Sequence[str] = ()
+) -> int | None:
     """Run the chain; its exit code, or None if it was killed after so many seconds."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "stages", "run", "c.yaml", f"run.name={run}"],
+        [sys.executable, "-m", "stages", "run", "c.yaml", f"run.name={run}", *settings],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
