@@ -65,6 +65,20 @@ def load_pretrained(
     return model, tokenizer
 
 
+ALIGNMENT = 64  # bytes, as torch allocates
+
+
+def align(model: Any) -> None:
+    """Move weights that lie in a mapped file, behind its header, to where torch would put them.
+
+    Matrix products of processors may round differently by alignment: a process that opens a model
+    would not compute what the one that trained it does, to the bit.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNMENT:
+            tensor.data = tensor.data.clone()
+
+
 def quantised_loading(section: ModelSection, device: torch.device) -> dict[str, Any]:
     """transformers' arguments for `model.quantization`: none without one.
 

@@ -279,6 +279,8 @@ class ModelStore:
         origin = BaseOrigin(path, identity, revision)
         if commit is not None:
             origin = BaseOrigin(path, loading.base_identity(path, commit), commit)
+        if not self.shards:  # shards get memory of their own
+            loading.align(model)
         trunk = Trunk(model, origin).place(self.device)
         trunk.tokenizer = tokenizer
         trunk.freeze()

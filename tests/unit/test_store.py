@@ -209,6 +209,14 @@ class TestStore:
             with pytest.raises(PipelineError, match=rf"cannot write .*{name}: .*{reason}"):
                 save(tmp_path / name)
 
+    def test_weights_of_a_file_lie_as_those_of_a_live_model(self, tmp_path, make_store):
+        store = make_store()
+        self.lora_pair(store, tmp_path)
+        opened = ModelStore(store.section, store.data).open(tmp_path / "reward").trunk
+        assert all(x.data_ptr() % 64 == 0 for x in (*opened.parameters(), *opened.buffers()))
+        ends = opened.model.get_input_embeddings(), opened.model.get_output_embeddings()
+        assert ends[0].weight is ends[1].weight  # still tied
+
     def test_a_kept_artifact_opens_from_another_depth(self, tmp_path, make_store):
         store = make_store()
         self.lora_pair(store, tmp_path)
