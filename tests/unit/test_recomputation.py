@@ -78,5 +78,7 @@ def test_a_frozen_output_layer_makes_logits_once(make_handle, monkeypatch):
     handle.trunk.model.get_output_embeddings().register_forward_hook(watch)
     found = run()
     assert widest == [3, 3, 2]  # 2 + 5 + 1 tokens, each once
+    # Gradients of up to 0.58, through adapters and matrices that magnify what is rounded: by a
+    # processor's kernels, to 2.4e-12 on one and below 1e-12 on others.
     for one, other in zip(found, wanted, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
