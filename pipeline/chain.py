@@ -264,6 +264,7 @@ class Chain:
             tracker.close()
             if self.runtime.shards:
                 self.store.forget_sharded()
+        self.runtime.forget_sharded()
         seconds = time.perf_counter() - started
         if self.runtime.is_main and own.memory_json.exists():
             footprint.record(own.memory_json, peak=footprint.peaks())
@@ -307,6 +308,7 @@ class Chain:
         """The models in memory."""
         from pipeline.models.store import ModelStore
 
+        self.runtime.asked.refuse(self.config.model)
         return ModelStore(
             self.config.model,
             self.config.data,

@@ -42,10 +42,10 @@ class BestWeights:
         """Copy the weights as they are after `step`."""
         self.step = step
         if not self.saved:
-            self.saved = [local(p.detach()).to("cpu", copy=True) for p in self.parameters]
+            self.saved = [local(p).detach().to("cpu", copy=True) for p in self.parameters]
             return
         for parameter, saved in zip(self.parameters, self.saved, strict=True):
-            saved.copy_(local(parameter.detach()))  # in place: never two copies of a large model
+            saved.copy_(local(parameter).detach())  # in place: never two copies of a large model
 
     def tensors(self) -> dict[str, Any]:
         """The copy, for a state to go on from."""

@@ -29,11 +29,9 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer
 
 from pipeline.config import RunSection
 from pipeline.distributed import Runtime
-from pipeline.distributed.sharding import is_sharded
 from pipeline.fence import BestWeights, fenced
 from pipeline.fit_config import FitSection
 from pipeline.interruption import Interruption
@@ -43,13 +41,12 @@ from pipeline.resume import (
     States,
     random_state,
     restore_random,
-    restore_training_tensors,
-    training_tensors,
 )
 from pipeline.row_order import plan_steps
 from pipeline.rows import Rows, Step, StepDataset, rows_at_fault, share_and_filler
 from pipeline.trainer_arguments import training_arguments
 from pipeline.trainer_callbacks import ShownProgress
+from pipeline.trainer_steps import SteppedTrainer
 
 # What a training carries from step to step besides tensors, in `PlannedTrainer`.
 _NUMBERS = ("step_sums", "lowest_loss", "evaluations_since_best", "kept_metrics")
@@ -71,7 +68,7 @@ class FitSummary:
     seconds: float  # wall time of training, evaluations included
 
 
-class PlannedTrainer(Trainer, ABC):
+class PlannedTrainer(SteppedTrainer, ABC):
     """Trainer over a `Plan`, exact in its sums; a subclass says what the loss is.
 
     Args:
@@ -106,14 +103,10 @@ class PlannedTrainer(Trainer, ABC):
         self.plan = plan_steps(
             train.lengths, section.batch_size, section.epochs, run.seed, section.max_steps
         )
-        if any(map(is_sharded, module.parameters())):
-            # Trainer's word for a module whose weights lie over processes already, and stay so.
-            vars(module)["is_distributed_loading_by_transformers"] = True
-        args = training_arguments(section, run, len(self.plan), held_out is not None, folder)
-        args._n_gpu = min(args.n_gpu, 1)  # one process, one device: never nn.DataParallel
         super().__init__(
-            model=module,
-            args=args,
+            module,
+            training_arguments(section, run, len(self.plan), held_out is not None, folder),
+            Runtime(run),
             eval_dataset=held_out,  # only whether there is one is read
             callbacks=[ShownProgress(console, title)],
         )
@@ -129,7 +122,7 @@ class PlannedTrainer(Trainer, ABC):
         self._saved_step = 0
         self._step_rows: list[int] = []  # this process's rows of the step in hand
         self.title = title
-        self.folder, self.runtime = folder, Runtime(run)
+        self.folder = folder
         shown = console if self._rank == 0 else None
         self.interruption = Interruption(
             shown, lambda flag: self._sum_over_processes(torch.tensor(float(flag))) > 0
@@ -162,7 +155,7 @@ class PlannedTrainer(Trainer, ABC):
             self.token_budget,
             self._rank,
             self._world_size,
-            in_step=self.runtime.shards,
+            in_step=self.runtime.in_step,
         )
         return DataLoader(steps, batch_size=None, shuffle=False)
 
@@ -182,10 +175,9 @@ class PlannedTrainer(Trainer, ABC):
         self._step_rows = [row for group in step.groups for row in group]
         losses: list[Tensor] = []
         for index, (batch, weight) in enumerate(zip(step.batches, step.weights, strict=True)):
-            with self.runtime.reducing(model, last=index == len(step.batches) - 1):
+            with self.steps.passing(last=index == len(step.batches) - 1):
                 loss = self.loss_sum(model, batch) * weight
-                # Wrappers average gradients over processes; times their number it sums them.
-                self.accelerator.backward(loss * (self._world_size / step.units))
+                self.steps.backward(loss * (1 / step.units))
             losses.append(loss.detach())
         loss_sum = self._sum_over_processes(torch.stack(losses).sum())
         if not math.isfinite(loss_sum):
@@ -194,7 +186,7 @@ class PlannedTrainer(Trainer, ABC):
         return torch.tensor(loss_sum / step.units, device=self.args.device)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float:
-        norm = float(super()._get_grad_norm(model, grad_norm=grad_norm))
+        norm = super()._get_grad_norm(model, grad_norm)
         if not math.isfinite(norm):
             raise self._not_finite("gradient norm", norm, self._step_rows)
         return norm
@@ -317,7 +309,7 @@ class PlannedTrainer(Trainer, ABC):
             raise self.interruption.stop(self.title, step)
 
     def _state(self) -> State:
-        tensors = training_tensors(self._trained(), self.optimizer)
+        tensors = self.steps.tensors()
         if self.best is not None:
             tensors |= self.best.tensors()
         assert self.lr_scheduler is not None and self.optimizer is not None
@@ -332,7 +324,7 @@ class PlannedTrainer(Trainer, ABC):
 
     def _restore(self, state: State) -> None:
         numbers = state.numbers
-        restore_training_tensors(state.tensors, self._trained(), self.optimizer)
+        self.steps.restore(state.tensors)
         for name in _NUMBERS:
             setattr(self, name, numbers[name])
         self.step_sums = [(loss, units, rows) for loss, units, rows in numbers["step_sums"]]
@@ -345,9 +337,6 @@ class PlannedTrainer(Trainer, ABC):
             group["lr"] = rate
         self._saved_step = self.state.global_step
         self._logged = (numbers["logged"], time.perf_counter())
-
-    def _trained(self) -> list[tuple[str, nn.Parameter]]:
-        return [(n, p) for n, p in self._module.named_parameters() if p.requires_grad]
 
     # --- the whole training ---
 
@@ -364,7 +353,7 @@ class PlannedTrainer(Trainer, ABC):
                 self.train()
             finally:
                 self.callback_handler.on_train_end(self.args, self.state, self.control)
-                self.accelerator.free_memory()
+                self.close()
         if self.best is not None:
             self.best.restore()
         return FitSummary(

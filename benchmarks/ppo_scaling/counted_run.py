@@ -82,7 +82,7 @@ def watched(watch: Watch) -> None:
             for part in ("weights", "gradients", "optimiser"):
                 watch.report[f"{part}_mb"] = sum(getattr(cost, part) for cost in costs) / MB
 
-        at_first_step(self.updater.optimiser, hold)
+        at_first_step(self.updater.steps.optimiser, hold)
 
     def collected(self: Any, iteration: int) -> Any:
         watch.begin(iteration)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.distributed.zero_settings import refuse_without_deepspeed
 from pipeline.environment import ASKED_PROCESSES, num_processes
 from pipeline.errors import ConfigError, TrainingError
 
@@ -31,11 +32,14 @@ class Machines:
         """The number of processes, and the arguments of `accelerate launch`.
 
         Raises:
-            ConfigError: the rendezvous is no HOST:PORT.
+            ConfigError: the rendezvous is no HOST:PORT, or DeepSpeed is not installed.
         """
         from accelerate.commands.config.config_args import load_config_from_file
 
-        processes = self.processes or load_config_from_file(str(path)).num_processes
+        said = load_config_from_file(str(path))
+        if "DEEPSPEED" in str(said.distributed_type):
+            refuse_without_deepspeed()
+        processes = self.processes or said.num_processes
         given: dict[str, object] = {"config_file": path, "num_processes": processes}
         given |= {"num_machines": self.machines, "machine_rank": self.machine_rank}
         if self.rendezvous is not None:

@@ -6,7 +6,7 @@ Every collective is right with one process and with many; stages never ask which
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,10 +15,14 @@ from torch import Tensor, nn
 
 from pipeline.config import RunSection
 from pipeline.distributed import sharding
+from pipeline.distributed.steps import Steps
+from pipeline.distributed.strategy import claim
 from pipeline.environment import ASKED_PROCESSES, num_processes, process_index
 from pipeline.errors import ConfigError, PipelineError
 
 if TYPE_CHECKING:
+    from pipeline.distributed.sharding import Shards
+    from pipeline.distributed.zero_shards import ZeroShards
     from pipeline.models.trunk import Trunk
 
 T = TypeVar("T")
@@ -30,7 +34,9 @@ class Runtime:
     def __init__(self, run: RunSection) -> None:
         self.run = run
         # Before accelerate reads what the launcher left in the environment.
-        self.shards = sharding.claim() and num_processes() > 1
+        self.asked = claim()
+        self.shards, self.in_step = self.asked.shards, self.asked.in_step
+        self._sharded: list[Trunk] = []
 
     @cached_property
     def accelerator(self) -> Any:
@@ -68,9 +74,8 @@ class Runtime:
         """How accelerate really distributes, for people."""
         if self.world_size == 1:
             return f"1 process on {self.device.type}"
-        kind = _kind(str(self.accelerator.distributed_type))
-        name = "FSDP2" if self.shards else _NAMES.get(kind, kind)
-        return f"{self.world_size} processes on {self.device.type}, {name}"
+        self.accelerator  # noqa: B018  # refuses what would become another one
+        return f"{self.world_size} processes on {self.device.type}, {self.asked.name}"
 
     def seed(self, *names: str | int) -> int:
         """A seed of 63 bits for one purpose, derived from `run.seed` and the names."""
@@ -93,58 +98,54 @@ class Runtime:
         device = self.device  # the process group comes with it
         for trunk in trunks:
             if trunk.shards is None:
-                trunk.shards = sharding.shard(trunk, trunk.units(), device)
+                trunk.shards = self._shards_of(trunk, device)
                 trunk.place(device)
+        self._sharded += trunks
 
-    def prepare(self, module: nn.Module, *others: Any, skips_some: bool = False) -> Any:
-        """Wrap a module (and its optimiser) for training; what is trainable is fixed by now.
+    def _shards_of(self, trunk: "Trunk", device: torch.device) -> "Shards | ZeroShards":
+        if not self.asked.zero_stage:
+            return sharding.shard(trunk, trunk.units(), device)
+        from pipeline.distributed import zero_settings, zero_shards
+
+        return zero_shards.ZeroShards(trunk, zero_settings.engine(self.run, device), device)
+
+    def forget_sharded(self) -> None:
+        """Let go of what a stage sharded: no trunk of it passes any more."""
+        for trunk in self._sharded:
+            if trunk.shards is not None:
+                trunk.shards.release()
+        self._sharded = []
+
+    def prepare(self, module: nn.Module, optimiser: Any, *, skips_some: bool = False) -> Steps:
+        """Wrap a module and its optimiser for training; what is trainable is fixed by now.
 
         `skips_some`: a pass may leave trainable weights unused, and DDP has to look for them.
         """
-        if self.shards:  # its trunks reduce their gradients themselves
-            return (module, *others)
-        from accelerate import DistributedDataParallelKwargs
-
-        # DDP copies the main process's weights to the others one by one, whatever their names.
+        # The main process's weights are copied to the others one by one, whatever their names.
         names = [f"{name} {tuple(x.shape)}" for name, x in module.state_dict().items()]
         assert len(set(self.gather_objects([tuple(names)]))) == 1, "processes hold unlike models"
+        if self.asked.zero_stage:
+            from pipeline.distributed import zero
+
+            kind = zero.Zero3Steps if self.shards else zero.Zero2Steps
+            return kind(module, optimiser, self)
+        if self.shards:  # its trunks reduce their gradients themselves
+            return Steps(module, optimiser, self, module)
+        from accelerate import DistributedDataParallelKwargs
 
         settings = DistributedDataParallelKwargs(find_unused_parameters=skips_some)
         self.accelerator.ddp_handler = settings
-        return self.accelerator.prepare(module, *others)
-
-    def unwrap(self, module: nn.Module) -> nn.Module:
-        """The module inside its wrapper."""
-        inner: nn.Module = self.accelerator.unwrap_model(module)
-        return inner
+        wrapped, optimiser = self.accelerator.prepare(module, optimiser)
+        return Steps(wrapped, optimiser, self, module)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The run's mixed precision."""
         context: AbstractContextManager[Any] = self.accelerator.autocast()
         return context
 
-    def backward(self, loss: Tensor) -> None:
-        """Backward through accelerate (which scales, where the strategy asks for it)."""
-        self.accelerator.backward(loss)
-
-    def reducing(self, module: nn.Module, last: bool) -> AbstractContextManager[Any]:
-        """Round a forward and a backward pass: only the last of a step reduces gradients.
-
-        Processes may make different numbers of passes; each makes a last one.
-        """
-        if last or self.shards:  # sharded gradients would be whole until they are reduced
-            return nullcontext()
-        context: AbstractContextManager[Any] = self.accelerator.no_sync(module)
-        return context
-
     def most(self, passes: int) -> int:
-        """How many passes with gradient a process makes: with sharded weights, as many as any."""
-        return sharding.most(passes, self.device) if self.shards else passes
-
-    def clip_grad_norm(self, parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-        """Clip the global gradient norm; returns the norm before clipping."""
-        norm: Tensor = self.accelerator.clip_grad_norm_(list(parameters), max_norm)
-        return sharding.whole(norm)
+        """How many passes with gradient a process makes: as many as any, where they are in step."""
+        return sharding.most(passes, self.device) if self.in_step else passes
 
     def all_sum(self, tensor: Tensor) -> Tensor:
         """Element-wise sum over processes."""
@@ -211,31 +212,18 @@ class Runtime:
         return range(self.rank, total, self.world_size)
 
 
-_NAMES = {"MULTI_CPU": "DDP", "MULTI_GPU": "DDP", "DEEPSPEED": "DeepSpeed"}
-# What a launcher asks accelerate for, by the variable that says so. (FSDP2 is asked of us.)
-_ASKED = {"ACCELERATE_USE_DEEPSPEED": "DEEPSPEED"}
-
-
-def _kind(distributed_type: str) -> str:
-    return distributed_type.removeprefix("DistributedType.")
-
-
 def refuse_fallback(distributed_type: str, processes: int) -> None:
     """Refuse another strategy, or another number of processes, than the launch asked for.
-
-    accelerate has no DeepSpeed on a processor and trains with DDP instead, without a word.
 
     Raises:
         ConfigError: says what was asked for and what there would be.
     """
-    kind = _kind(distributed_type)
-    for variable, wanted in _ASKED.items():
-        if os.environ.get(variable, "false").lower() in ("1", "true") and kind != wanted:
-            raise ConfigError(
-                f"the launch asks for {_NAMES[wanted]}, but accelerate would run "
-                f"{_NAMES.get(kind, 'without it')} here: it needs GPUs. Use --launch cpu2 or ddp, "
-                "or a machine with GPUs and run.device: auto"
-            )
+    kind = distributed_type.removeprefix("DistributedType.")
+    if kind != "NO" and not kind.startswith("MULTI_"):
+        raise ConfigError(
+            f"the launch asks for {kind}, which no stage trains with: use a configuration of "
+            "configs/accelerate/"
+        )
     asked = int(os.environ.get(ASKED_PROCESSES, processes))
     if asked != processes:
         raise ConfigError(

@@ -1,15 +1,13 @@
 """Weights that lie over the processes, each with its rows of every tensor: torch's FSDP2.
 
-accelerate launches and configures it (`--launch fsdp2`, its `fsdp_*` settings). `fully_shard` is
-called here, on GPUs and on processors alike: accelerate has no FSDP on a processor, and takes one
-model an optimiser, where PPO has up to four models and trains two of them.
+accelerate launches and configures it (`--launch fsdp2`, its `fsdp_*` settings); `fully_shard` is
+called here. DeepSpeed's ZeRO-3 has the same interface in `pipeline.distributed.zero_shards`.
 
 Each layer gathers its weights for its own pass and lets go of them (ZeRO-3, arXiv:1910.02054); what
 belongs to no layer (embeddings, output layer) is gathered once a pass. Gathering is a collective:
 processes make the same number of passes (`Shards.most`), some of them for nothing.
 """
 
-import os
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -18,29 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from pipeline.errors import ConfigError
-
-# accelerate's word for it, which its launcher sets; ours, once it is ours to do.
-_THEIRS, _OURS = "ACCELERATE_USE_FSDP", "RLHF_FSDP2"
-
-
-def claim() -> bool:
-    """Whether the launch asks for FSDP, which is then done here and no longer by accelerate.
-
-    Raises:
-        ConfigError: it asks for the first FSDP.
-    """
-    if os.environ.get(_THEIRS, "false").lower() in ("1", "true"):
-        if os.environ.get("FSDP_VERSION", "1") != "2":
-            raise ConfigError(
-                "the launch asks for FSDP of version 1: set fsdp_version to 2 in its configuration "
-                "(configs/accelerate/fsdp2.yaml is one)"
-            )
-        # accelerate and transformers would shard, load on the meta device and wrap once more.
-        del os.environ[_THEIRS]
-        os.environ[_OURS] = "true"
-    return os.environ.get(_OURS) == "true"
 
 
 class Shards:
@@ -78,6 +53,9 @@ class Shards:
         """Let go of what the last pass without gradient left gathered."""
         if not self.is_whole:
             self.root.reshard()
+
+    def release(self) -> None:
+        """Nothing is held but by the module itself."""
 
 
 def shard(module: nn.Module, units: Iterable[nn.Module], device: torch.device) -> Shards:
@@ -151,6 +129,12 @@ def local(x: Any) -> Tensor:
     return rows
 
 
+def shape(x: Any) -> torch.Size:
+    """The shape of the whole tensor; a parameter under ZeRO-3 has none of its own."""
+    found: torch.Size = getattr(x, "ds_shape", x.shape)
+    return found
+
+
 def whole(x: Any) -> Tensor:
     """All of the tensor, in every process: they ask together."""
     found: Tensor = x.full_tensor() if is_sharded(x) else x
@@ -158,13 +142,18 @@ def whole(x: Any) -> Tensor:
 
 
 def rows_like(full: Tensor, like: Any) -> Tensor:
-    """The rows of `full` of which `like` has its own here; all of them if it is not sharded."""
+    """The rows of `full` of which `like` has its own here; all of them if it is not sharded.
+
+    `full` may be flat: ZeRO's processes each leave a stretch in a state.
+    """
     if not is_sharded(like):
-        return full
+        return full.reshape(like.shape)
+    if hasattr(like, "rows_of"):  # ZeRO-3's
+        rows: Tensor = like.rows_of(full)
+        return rows
     from torch.distributed.tensor import distribute_tensor
 
     # Without a source rank nothing is sent: every process has all of `full`.
-    laid = distribute_tensor(
-        full.to(like.device), like.device_mesh, like.placements, src_data_rank=None
-    )
+    full = full.reshape(like.shape).to(like.device)
+    laid = distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None)
     return local(laid)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from pipeline.config import LoraSection
-from pipeline.distributed.sharding import local, rows_like, whole
+from pipeline.distributed.sharding import local, rows_like, shape, whole
 from pipeline.errors import ModelError
 from pipeline.runfolder import writing
 
@@ -163,7 +163,10 @@ def _adapter_weights(model: Any, name: str) -> dict[str, torch.Tensor]:
     from peft import get_peft_model_state_dict
 
     found: dict[str, torch.Tensor] = get_peft_model_state_dict(
-        model, adapter_name=name, save_embedding_layers=False
+        model,
+        state_dict=model.state_dict(keep_vars=True),  # detached, ZeRO-3's would not be known
+        adapter_name=name,
+        save_embedding_layers=False,
     )
     return found
 
@@ -179,7 +182,7 @@ def load_adapter_state(model: Any, name: str, state: dict[str, torch.Tensor]) ->
     wrong = sorted(
         key
         for key in own.keys() | state.keys()
-        if key not in own or key not in state or own[key].shape != state[key].shape
+        if key not in own or key not in state or shape(own[key]) != state[key].shape
     )
     if wrong:
         raise ModelError(

@@ -94,7 +94,13 @@ def at_first_step(optimiser: Any, then: Callable[[torch.optim.Optimizer], None])
 
 
 def measure_at_first_step(optimiser: Any, roles: Roles, memory_json: Path) -> None:
-    """Write what the roles cost into a stage's `memory.json` once there is all to measure."""
+    """Write what the roles cost into a stage's `memory.json` once there is all to measure.
+
+    DeepSpeed's engine keeps gradients and optimiser in its own places, which are left out.
+    """
+    inner = getattr(optimiser, "optimizer", optimiser)
+    if not isinstance(inner, torch.optim.Optimizer):
+        return
     at_first_step(optimiser, lambda inner: record(memory_json, measured=measured(roles, inner)))
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from pipeline.distributed.sharding import is_sharded, local, whole
+from pipeline.distributed.sharding import is_sharded, whole
 from pipeline.models import adapters
 from pipeline.models.heads import ScalarHead
 from pipeline.models.trunk import Handle
@@ -28,8 +28,8 @@ def trained_state(handle: Handle) -> TrainedState:
         weights = _gathered(trunk.base_state())
     else:
         weights = adapters.adapter_state(trunk.model, role.adapter)
-    head = {} if role.head is None else trunk.heads[role.head].state_dict()
-    return TrainedState(weights, {name: whole(tensor) for name, tensor in head.items()})
+    head = {} if role.head is None else trunk.heads[role.head].state_dict(keep_vars=True)
+    return TrainedState(weights, {n: whole(x).detach() for n, x in head.items()})
 
 
 def _gathered(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
@@ -38,10 +38,9 @@ def _gathered(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     done: dict[int, Tensor] = {}
     for name, tensor in named:
         if is_sharded(tensor):
-            storage = local(tensor).untyped_storage()._cdata  # tied weights stay one tensor
-            if storage not in done:
-                done[storage] = whole(tensor).cpu()
-            tensor = done[storage]
+            if id(tensor) not in done:  # tied weights stay one tensor
+                done[id(tensor)] = whole(tensor).detach().cpu()
+            tensor = done[id(tensor)]
         found[name] = tensor
     return found
 

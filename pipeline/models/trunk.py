@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from pipeline.batches import TokenBatch
 from pipeline.codec import Codec
-from pipeline.distributed.sharding import Shards
+from pipeline.distributed.sharding import Shards, is_sharded
+from pipeline.distributed.zero_shards import ZeroShards
 from pipeline.models import sequence_attention
 from pipeline.models.adapters import activate, adapter_names, adapter_parameters, is_of
 from pipeline.models.calls import DecodeOutput, DecodeStep, TrunkOutput, Writing
@@ -76,7 +77,8 @@ class Trunk(nn.Module):
         # one more module of the trunk.
         self.last_layer = (selective_layer(model),)
         self.recompute = False  # activations of the layers, in the backward pass (checkpointing)
-        self.shards: Shards | None = None  # how its weights lie over processes, if they do
+        # How its weights lie over processes, if they do.
+        self.shards: Shards | ZeroShards | None = None
 
     # --- computation ---
 
@@ -304,9 +306,13 @@ class Trunk(nn.Module):
     def base_state(self) -> Iterator[tuple[str, Tensor]]:
         """The base's state under the names of a model without adapters, for saving."""
         adapters = adapter_names(self.model)
-        for key, tensor in self.model.state_dict().items():
+        for key, tensor in self.model.state_dict(keep_vars=True).items():
             if not any(is_of(key, name) for name in adapters):
-                yield key.replace(".base_layer.", "."), tensor
+                # Detached, a weight under ZeRO-3 would not be known as one.
+                yield (
+                    key.replace(".base_layer.", "."),
+                    (tensor if is_sharded(tensor) else tensor.detach()),
+                )
 
     def role_parameters(self, role: Role) -> list[nn.Parameter]:
         """What training the role would train: its adapter, or the whole base; and its head."""

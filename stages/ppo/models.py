@@ -131,7 +131,7 @@ def build_models(start: Handle, rewards: RewardSource, config: Any, store: Model
         if store.shards:
             raise ModelError(
                 "ppo.reference puts the reference elsewhere, but here its weights lie over all "
-                "processes (fsdp2): remove ppo.reference, or start with --launch ddp"
+                "processes: remove ppo.reference, or start with --launch ddp"
             )
         is_shared = source is not None and source.trunk is start.trunk
         reference = _placed(reference, section.reference, store, is_shared=is_shared)

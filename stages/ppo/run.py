@@ -124,7 +124,8 @@ class Training:
         )
         if runtime.is_main:
             roles = self.models.roles(self.rewards)
-            measure_at_first_step(self.updater.optimiser, roles, context.folder.memory_json)
+            optimiser = self.updater.steps.optimiser
+            measure_at_first_step(optimiser, roles, context.folder.memory_json)
         self.kl: KlController = FixedKl(section.kl_coef)
         if section.kl.controller == "adaptive":
             self.kl = AdaptiveKl(section.kl_coef, section.kl.target, section.kl.horizon)
@@ -308,6 +309,7 @@ class Training:
     def finish(self, reached: state.Reached, stopped: str | None) -> Summary:
         """Leave the chosen policy as the artifact, hand the trunk on, return key numbers."""
         iteration, started, ended = reached
+        self.updater.close()
         self.models.policy.trunk.freeze()
         self.models.release_value()
         keep_best = self.section.keep == "best" or stopped is not None

@@ -10,15 +10,15 @@ import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline.batches import TokenBatch, micro_batches
 from pipeline.distributed import Runtime
 from pipeline.out_of_memory import halving, release_freed_memory
-from pipeline.resume import restore_training_tensors, training_tensors
 from pipeline.tensors import masked_sum
 from stages.ppo.actor_critic import ActorCritic
 from stages.ppo.config import PpoOptimSection
@@ -67,8 +67,6 @@ class Updater:
         trunk = actor_critic.policy.trunk
         # Tokens of a micro-batch; halved where memory runs out.
         self.micro_batch_tokens = trunk.token_budget(section.micro_batch_tokens)
-        is_wrapped = runtime.world_size > 1 and not runtime.shards
-        self.takes_one_pass = actor_critic.shared or is_wrapped
         self.packs = all(trunk.packs for trunk in actor_critic.distinct_trunks())
         for trunk in actor_critic.distinct_trunks():
             trunk.recompute = section.gradient_checkpointing
@@ -93,9 +91,8 @@ class Updater:
         )
         # While the value warms up, and in the language-model term, one of the two models rests.
         skips_some = bool(section.value_warmup_iterations or demonstrations)
-        self.module, self.optimiser = runtime.prepare(
-            actor_critic, optimiser, skips_some=skips_some
-        )
+        self.steps = runtime.prepare(actor_critic, optimiser, skips_some=skips_some)
+        self.takes_one_pass = actor_critic.shared or self.steps.takes_one_pass
 
     def update(
         self, experience: Experience, iteration: int, *, train_policy: bool = True
@@ -114,7 +111,7 @@ class Updater:
         try:
             return self._steps(experience, iteration, train_policy)
         finally:
-            self.optimiser.zero_grad()
+            self.steps.let_go()
             release_freed_memory()  # gradients and activations, before the next rollout
 
     def _steps(self, experience: Experience, iteration: int, train_policy: bool) -> list[Step]:
@@ -135,44 +132,28 @@ class Updater:
                 steps.append(Step(tokens, sums, ratio_max, norms))
         return steps
 
-    def _zero_gradients(self, train_policy: bool) -> None:
-        """Zeros as gradients of what is trained, in memory that all steps of an update share.
-
-        Allocated by the first backward pass they lie scattered among its activations, and memory in
-        between is hard to use again: with two models of 17 million weights 60 MB of 900.
-        """
-        for name, parameters in self.groups.items():
-            if train_policy or name == "value":
-                for parameter in parameters:
-                    if parameter.grad is None:
-                        parameter.grad = torch.zeros_like(parameter)
-                    else:
-                        parameter.grad.zero_()
-
-    def state(self) -> dict[str, Tensor]:
+    def state(self) -> dict[str, Any]:
         """What training changes: weights, and the optimiser's numbers of each."""
-        return training_tensors(self._trained(), self.optimiser)
+        return self.steps.tensors()
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Go back to a `state`."""
-        restore_training_tensors(tensors, self._trained(), self.optimiser)
+        self.steps.restore(tensors)
 
-    def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
-        trained = {id(p) for parameters in self.groups.values() for p in parameters}
-        for name, parameter in self.runtime.unwrap(self.module).named_parameters():
-            if id(parameter) in trained:
-                yield name, parameter
+    def close(self) -> None:
+        """Training is over: the models go on without a wrapper."""
+        self.steps.close()
 
     def learning_rates(self) -> dict[str, float]:
         """The current learning rate of each group, as metrics."""
-        return {f"learning_rate_{g['name']}": g["lr"] for g in self.optimiser.param_groups}
+        return {f"learning_rate_{name}": rate for name, rate in self.steps.rates.items()}
 
     def _set_learning_rates(self, iteration: int) -> None:
         # A step of the schedule is an iteration: early stopping must not stretch the schedule.
         warmup = round(self.section.warmup_fraction * self.iterations)
         factor = schedule_factor(self.section.schedule, iteration - 1, self.iterations, warmup)
-        for group in self.optimiser.param_groups:
-            group["lr"] = self.peak_rates[group["name"]] * factor * self.rate_scale
+        peaks = self.peak_rates.items()
+        self.steps.set_rates({name: rate * factor * self.rate_scale for name, rate in peaks})
 
     def _minibatches(
         self, experience: Experience, iteration: int, epoch: int
@@ -202,7 +183,7 @@ class Updater:
 
         def attempt(tokens: int) -> tuple[float, dict[str, float], float]:
             self.micro_batch_tokens = tokens
-            self._zero_gradients(train_policy)
+            self.steps.begin(["policy", "value"] if train_policy else ["value"])
             found = self._accumulate(experience, rows, train_policy, place)
             if demonstrations is not None:
                 self._accumulate_demonstrations(demonstrations, place)
@@ -220,7 +201,7 @@ class Updater:
             lengths = experience.rollout.batch.lengths
             smallest = min(smallest, max(lengths[row] for row in rows))
         found, _ = halving(
-            attempt, self.micro_batch_tokens, smallest, remedy, undo=self.optimiser.zero_grad
+            attempt, self.micro_batch_tokens, smallest, remedy, undo=self.steps.let_go
         )
         return found
 
@@ -240,9 +221,9 @@ class Updater:
             chosen = [rows[position] for position in part]
             sums = []
             for want in passes:
-                with self.runtime.reducing(self.module, ends and want is passes[-1]):
+                with self.steps.passing(last=ends and want is passes[-1]):
                     loss, found = self._losses(experience, chosen, want)
-                    self._backward(loss * (counts * weight / tokens))
+                    self.steps.backward(loss * (counts * weight / tokens))
                 sums.append(found * weight)
                 del loss  # and with it the activations, before those of the next pass
             if counts:
@@ -287,7 +268,7 @@ class Updater:
         self, experience: Experience, rows: list[int], want: Collection[str]
     ) -> tuple[Tensor, Tensor]:
         with self.runtime.autocast():
-            out = self.module(experience.rollout.batch.take(rows), want, self.temperature)
+            out = self.steps.module(experience.rollout.batch.take(rows), want, self.temperature)
         return losses(self.section, experience, rows, out)
 
     def _draw_demonstrations(
@@ -311,12 +292,12 @@ class Updater:
         losses: list[Tensor] = []
         for rows, counts, ends in self._in_step(parts):
             part = batch.take(rows)
-            with self.runtime.reducing(self.module, ends):
+            with self.steps.passing(last=ends):
                 with self.runtime.autocast():
                     # A language-model loss: at temperature 1 whatever the policy is sampled with.
-                    logprobs = self.module(part, ["logprobs"]).logprobs
+                    logprobs = self.steps.module(part, ["logprobs"]).logprobs
                 loss = -masked_sum(logprobs, part.response_mask)
-                self._backward(loss * (counts * weight))
+                self.steps.backward(loss * (counts * weight))
             if counts:
                 losses.append(loss.detach())
         found = torch.stack(losses)
@@ -324,27 +305,19 @@ class Updater:
             pairs = drawn or self.demonstrations[:1]
             raise demonstration_fault(found, parts, pairs, place, self.codec)
 
-    def _backward(self, loss: Tensor) -> None:
-        # DDP averages gradients over processes; ours are already shares of a global mean.
-        self.runtime.backward(loss * self.runtime.world_size)
-
     def _step(
         self, train_policy: bool, place: str, experience: Experience, rows: list[int]
     ) -> dict[str, float]:
-        if not train_policy:
-            # A value head on the policy's trunk sends gradient into the policy too.
-            for parameter in self.groups["policy"]:
-                parameter.grad = None
         norms = {
-            name: float(self.runtime.clip_grad_norm(parameters, self.section.max_grad_norm))
-            for name, parameters in self.groups.items()
+            name: self.steps.clip(self.section.max_grad_norm, name)
+            for name in self.groups
             if train_policy or name == "value"
         }
         for name, norm in norms.items():
             if not math.isfinite(norm):
                 indices = experience.rollout.sample_indices
                 raise gradient_fault(name, norm, [indices[row] for row in rows], place)
-        self.optimiser.step()
+        self.steps.step()
         return norms
 
 

@@ -155,7 +155,7 @@ def test_a_language_model_loss_leaves_its_demonstrations(place, monkeypatch):
 
     def update(self, experience, iteration):
         if iteration == 3:
-            inner = self.updater.module
+            inner = self.updater.steps.module
 
             def forward(batch, want, *rest):
                 out = inner(batch, want, *rest)
@@ -163,8 +163,7 @@ def test_a_language_model_loss_leaves_its_demonstrations(place, monkeypatch):
                     out.logprobs[0, 0] = -math.inf
                 return out
 
-            monkeypatch.setattr(self.updater, "module", forward)
-            monkeypatch.setattr(self.runtime, "unwrap", lambda module: inner)
+            monkeypatch.setattr(self.updater.steps, "module", forward)
         return own(self, experience, iteration)
 
     monkeypatch.setattr(Training, "update", update)

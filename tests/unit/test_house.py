@@ -148,6 +148,7 @@ def test_only_the_fence_imports_trainers() -> None:
         "pipeline/hf_trainer.py",
         "pipeline/trainer_arguments.py",
         "pipeline/trainer_callbacks.py",
+        "pipeline/trainer_steps.py",
         "stages/sft/",
         "stages/reward/trainer.py",
     )
@@ -351,7 +352,8 @@ def test_constraints_satisfy_pyproject() -> None:
             name, version = line.split("==")
             pins[canonicalize_name(name)] = version
     wanted = {canonicalize_name(r.name): r.specifier for r in _requirements()}
-    not_tested = {"wandb"}  # an optional tracker: any version within its range
+    # An optional tracker, and a library that needs a compiler: any version within their range.
+    not_tested = {"wandb", "deepspeed"}
     assert wanted.keys() - pins.keys() == not_tested
     wrong = {n: pins[n] for n, spec in wanted.items() if n in pins and pins[n] not in spec}
     assert wrong == {}

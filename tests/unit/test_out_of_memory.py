@@ -124,7 +124,7 @@ def test_gradients_that_do_not_fit_end_with_advice_and_no_step(monkeypatch):
     def full(_parameter: torch.Tensor) -> torch.Tensor:
         raise torch.OutOfMemoryError("full")
 
-    monkeypatch.setattr("stages.ppo.update.torch.zeros_like", full)
+    monkeypatch.setattr("pipeline.distributed.steps.torch.zeros_like", full)
     with pytest.raises(TrainingError, match=r"out of memory.*ppo.optim.micro_batch_tokens"):
         ppo.updater.update(experience, 1)
     assert torch.equal(ppo.weights(), before)
@@ -137,7 +137,7 @@ def test_all_steps_of_an_update_share_the_memory_of_gradients(value):
     experience = ppo.appraise(ppo.collect())
     trained = [*ppo.actor_critic.policy_parameters(), *ppo.actor_critic.value_parameters()]
     seen: list[list[torch.Tensor]] = []  # kept, so that new ones could not lie in their place
-    ppo.updater.optimiser.optimizer.register_step_pre_hook(
+    ppo.updater.steps.optimiser.optimizer.register_step_pre_hook(
         lambda *_: seen.append([p.grad for p in trained])
     )
     ppo.updater.update(experience, 1)

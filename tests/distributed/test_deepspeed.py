@@ -1,0 +1,217 @@
+"""The chain by two processes (gloo) under DeepSpeed's ZeRO-2 and ZeRO-3, against one process.
+
+DeepSpeed steps weights of float32 whatever a model's type is, so that the 1e-9 of float64, to which
+DDP and FSDP2 are held, cannot be asked. Sums of float32 in another order differ by 1e-7 of their
+size, which Adam's division makes steps of full length where a gradient is nothing but rounding:
+`adam_eps` is above that here, and what is left is held to 1e-5.
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import pyarrow.parquet
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from tests.distributed.test_pipeline_ranks import CONFIG, ENVIRONMENT, FORMS, RLHF, TIMES, rows
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        find_spec("deepspeed") is None,
+        reason="DeepSpeed is not installed: pip install 'rlhf-pipeline[deepspeed]'",
+    ),
+]
+ROOT = Path(__file__).parents[2]
+FLOAT32 = CONFIG.replace("dtype: float64", "dtype: float32").replace(
+    "learning_rate: 5.0e-3", "learning_rate: 5.0e-3, adam_eps: 1.0e-4"
+)
+STAGES = ("sft", "reward", "ppo")
+TOLERANCE = 1e-5
+# Small models' weights all lie below the size that DeepSpeed keeps gathered: here none is kept.
+ZERO_3 = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
+
+Rlhf = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="module")
+def rlhf(tmp_path_factory) -> Rlhf:
+    """Run a verb in a folder. DeepSpeed's own extension is built once for all of this file."""
+    built = tmp_path_factory.mktemp("extensions")  # a build that was killed locks the common place
+    tools = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = ENVIRONMENT | {"TORCH_EXTENSIONS_DIR": str(built), "PATH": tools}
+
+    def run(
+        folder: Path, *arguments: str, command: list[str] = RLHF, **more: str
+    ) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*command, *arguments],
+            cwd=folder, env=environment | more, capture_output=True, text=True, timeout=280,
+        )  # fmt: skip
+
+    return run
+
+
+def make(folder: Path) -> dict[str, list[str]]:
+    """Leave the configurations in a folder; the arguments of each launch."""
+    (folder / "c.yaml").write_text(FLOAT32)
+    (folder / "zero3.json").write_text(json.dumps(ZERO_3))
+    launch = yaml.safe_load((ROOT / "configs/accelerate/deepspeed-zero3.yaml").read_text())
+    launch["deepspeed_config"] = {"deepspeed_config_file": str(folder / "zero3.json")}
+    del launch["mixed_precision"]  # accelerate wants it in one of the two
+    (folder / "zero3.yaml").write_text(yaml.safe_dump(launch))
+    two = ["--processes", "2", "run.device=cpu"]
+    return {
+        "ZeRO-2": ["--launch", "deepspeed-zero2", *two],
+        "ZeRO-3": ["--launch", "zero3.yaml", *two],
+        "ZeRO-3 as shipped": ["--launch", "deepspeed-zero3", *two],
+    }
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        ("lora-shared", "ZeRO-2"),
+        ("lora-shared", "ZeRO-3"),
+        ("full", "ZeRO-2"),
+        ("full", "ZeRO-3"),
+        ("lora", "ZeRO-3 as shipped"),
+    ],
+    ids="-".join,
+)
+def runs(request, tmp_path_factory, rlhf):
+    """A folder with `one` and `two`, by one process and by two; what two printed; the strategy."""
+    form, strategy = request.param
+    folder = tmp_path_factory.mktemp("runs")
+    launches = make(folder)
+    one = rlhf(folder, "run", "c.yaml", *FORMS[form], "run.name=one")
+    assert one.returncode == 0, one.stdout + one.stderr
+    two = rlhf(folder, "run", "c.yaml", *FORMS[form], "run.name=two", *launches[strategy])
+    assert two.returncode == 0, two.stdout + two.stderr
+    return folder / "runs", two.stdout + two.stderr, f"DeepSpeed {strategy[:6]}"
+
+
+def assert_close(one: Path, two: Path, tolerance: float = TOLERANCE) -> None:
+    """The same weights in all files of two folders."""
+    paths = sorted(one.rglob("*.safetensors"))
+    assert paths
+    for path in paths:
+        found = load_file(two / path.relative_to(one))
+        for name, tensor in load_file(path).items():
+            torch.testing.assert_close(found[name], tensor, rtol=0, atol=tolerance)
+
+
+def test_two_processes_compute_what_one_does(runs):
+    folder, *_ = runs
+    for stage in STAGES:
+        one, two = (rows(folder / name / stage / "metrics.jsonl") for name in ("one", "two"))
+        assert len(one) == len(two) >= 3
+        for row, other in zip(one, two, strict=True):
+            assert row.keys() == other.keys()
+            for key, number in row.items():
+                if not any(time in key for time in TIMES):
+                    # Perplexity and explained variance multiply the error of what they are made of.
+                    close = math.isclose(number, other[key], rel_tol=1e-5, abs_tol=1e-4)
+                    assert close, (stage, key, number, other[key])
+        assert_close(folder / "one" / stage / "artifact", folder / "two" / stage / "artifact")
+
+
+def test_the_first_rollouts_agree_token_for_token(runs):
+    folder, *_ = runs
+
+    def samples(run: str) -> dict[int, tuple]:
+        found = {}
+        for path in sorted((folder / run / "ppo/samples").glob("*.parquet")):
+            for row in pyarrow.parquet.read_table(path).to_pylist():
+                if row["iteration"] == 1:
+                    found[row["sample_index"]] = (row["prompt_ids"], row["response_ids"])
+        return found
+
+    assert samples("one") == samples("two")
+    assert len(samples("two")) == 9
+
+
+def test_exports_are_those_of_one_process(runs):
+    folder, *_ = runs
+    assert_close(folder / "one/export", folder / "two/export")
+
+
+def test_the_strategy_is_the_one_that_was_asked_for(runs):
+    _, output, strategy = runs
+    assert output.count(f"2 processes on cpu, {strategy}") == 5  # all stages, export the last
+    assert "FutureWarning" not in output
+
+
+@pytest.mark.parametrize(
+    ("form", "strategy", "stage"), [("lora", "ZeRO-2", 2), ("full", "ZeRO-3", 3)]
+)
+def test_killed_processes_go_on_as_if_they_had_not_been(tmp_path, rlhf, form, strategy, stage):
+    two = make(tmp_path)[strategy]
+    form = [*FORMS[form], "ppo.checkpoint_every=1"]
+    for verb in ("sft", "reward"):
+        made = rlhf(tmp_path, verb, "c.yaml", *form, "run.name=parents", *two)
+        assert made.returncode == 0, made.stdout + made.stderr
+    ppo = ["ppo", "c.yaml", *form, "--from", "runs/parents"]
+    assert rlhf(tmp_path, *ppo, "run.name=whole", *two).returncode == 0
+    killing = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    killing += ["-m", "tests.killing", "stages.ppo.run:Training.update", "3"]
+    asked = {
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage),
+    }
+    if stage == 3:
+        asked["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(tmp_path / "zero3.json")
+    for name in ("two", "alone", "other"):
+        arguments = [*ppo, f"run.name={name}", "run.device=cpu"]
+        rlhf(tmp_path, *arguments, command=killing, **asked)
+    done = rlhf(tmp_path, *ppo, "run.name=two", *two)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "going on after step 2" in done.stdout
+    for path in sorted((tmp_path / "runs/whole/ppo").rglob("*")):
+        if path.suffix in (".safetensors", ".parquet"):
+            other = tmp_path / "runs/two/ppo" / path.relative_to(tmp_path / "runs/whole/ppo")
+            assert other.read_bytes() == path.read_bytes(), path.name
+    # What two processes of DeepSpeed's left, one takes up, and two of DDP's.
+    for name, launch in (("alone", ["run.device=cpu"]), ("other", ["--launch", "cpu2"])):
+        done = rlhf(tmp_path, *ppo, f"run.name={name}", *launch)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "going on after step 2" in done.stdout
+        assert_close(tmp_path / "runs/whole/ppo/artifact", tmp_path / f"runs/{name}/ppo/artifact")
+
+
+@pytest.mark.parametrize("strategy", ["ZeRO-2", "ZeRO-3"])
+def test_interrupted_sft_goes_on_bit_for_bit_and_takes_states_of_others(tmp_path, rlhf, strategy):
+    two = make(tmp_path)[strategy]
+    form = ["sft.tuning=full", "sft.checkpoint_every=2"]
+    assert rlhf(tmp_path, "sft", "c.yaml", *form, "run.name=whole", *two).returncode == 0
+    killing = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    killing += ["-m", "tests.killing", "pipeline.hf_trainer:PlannedTrainer.training_step", "8"]
+    stage = strategy[-1]
+    asked = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": stage}
+    if stage == "3":
+        asked["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(tmp_path / "zero3.json")
+    for name, strategies in (("two", asked), ("other", {})):  # DeepSpeed's state, and DDP's
+        arguments = ["sft", "c.yaml", *form, f"run.name={name}", "run.device=cpu"]
+        rlhf(tmp_path, *arguments, command=killing, **strategies)
+        done = rlhf(tmp_path, "sft", "c.yaml", *form, f"run.name={name}", *two)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "going on after step 6" in done.stdout
+    folders = [tmp_path / f"runs/{name}/sft/artifact" for name in ("whole", "two", "other")]
+    assert_close(folders[0], folders[1], tolerance=0)
+    assert_close(folders[0], folders[2])
+
+
+def test_a_type_that_deepspeed_does_not_step_is_refused(tmp_path, rlhf):
+    launches = make(tmp_path)
+    done = rlhf(tmp_path, "sft", "c.yaml", "model.dtype=float64", *launches["ZeRO-2"])
+    assert done.returncode == 2
+    assert "model.dtype is float64, but DeepSpeed ZeRO-2 steps weights of float32" in done.stderr
+    assert "Traceback" not in done.stderr
