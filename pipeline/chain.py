@@ -251,7 +251,10 @@ class Chain:
         if self.runtime.is_main and self.predict is not None:
             predicted = self.predict(self.config, stage.name)
             if predicted is not None:
-                footprint.record(own.memory_json, predicted=predicted)
+                processes = self.runtime.world_size
+                predicted = footprint.divided(predicted, processes, self.runtime.asked.divides)
+                number = {"number": processes}
+                footprint.record(own.memory_json, predicted=predicted, processes=number)
         started = time.perf_counter()
         try:
             summary = stage.run(context)

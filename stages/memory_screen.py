@@ -1,7 +1,8 @@
 """Costs of a run on the screen, from JSON values alone: `rlhf check` before it, `rlhf show` after.
 
 A stage's entry is what its `memory.json` holds: `predicted` and `measured`, each bytes of weights,
-gradients and optimiser state by role; and `peak`, the most that its process has held.
+gradients and optimiser state by role, in one process; `processes`, how many there were; and `peak`,
+the most that this one has held.
 """
 
 from collections.abc import Mapping, Sequence
@@ -40,6 +41,9 @@ def memory_table(stages: Mapping[str, Mapping[str, Any]]) -> Group | None:
         sums = [account and _sum(account.values()) for account in accounts]
         table.add_row("", "all", *_cells(sums, unit), style="bold", end_section=True)
     lines = [f"Each number is {' / '.join(kinds)}; activations and rollouts come on top."]
+    numbers = {(entry.get("processes") or {}).get("number", 1) for entry in shown.values()}
+    if numbers != {1}:
+        lines.append(f"They are of one process of {' or '.join(map(str, sorted(numbers)))}.")
     peaks = {name: entry["peak"] for name, entry in shown.items() if entry.get("peak")}
     if peaks:
         texts = (

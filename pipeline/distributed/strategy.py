@@ -27,6 +27,13 @@ class Strategy:
         """Whether every pass with gradient is a collective: processes make as many as any."""
         return self.shards or self.zero_stage > 0
 
+    @property
+    def divides(self) -> tuple[str, ...]:
+        """What of a model's cost lies over the processes (see `footprint.Cost`)."""
+        if self.shards:
+            return ("weights", "gradients", "optimiser")
+        return ("gradients", "optimiser") if self.zero_stage else ()
+
     def refuse(self, model: ModelSection) -> None:
         """Refuse models that it would train otherwise than is asked, or not at all.
 

@@ -8,6 +8,7 @@ Not in it: activations, the engine's cache, rollouts, and the copy of the best w
 reward training keep in main memory (`keep: best`), which is as large as the trained weights.
 """
 
+import math
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -62,6 +63,18 @@ def expected(roles: Roles, trained: Collection[nn.Parameter]) -> Footprint:
         return size, _ADAM_MOMENTS * size + _ADAM_COUNTER
 
     return _account(roles, training)
+
+
+def divided(whole: Footprint, processes: int, parts: Collection[str]) -> Footprint:
+    """The cost in one process where `parts` lie over all of them."""
+
+    def share(part: str, size: int) -> int:
+        return math.ceil(size / processes) if part in parts else size
+
+    return {
+        role: Cost(**{part: share(part, size) for part, size in asdict(cost).items()})
+        for role, cost in whole.items()
+    }
 
 
 def measured(roles: Roles, optimiser: torch.optim.Optimizer) -> Footprint:

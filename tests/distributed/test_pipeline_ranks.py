@@ -132,6 +132,22 @@ def test_two_processes_compute_what_one_does(runs):
                 torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-9)
 
 
+def test_memory_is_that_of_one_process(runs):
+    folder, _, strategy = runs
+    if folder.parent.name.startswith("lora"):
+        pytest.skip("adapters on a float64 base are predicted as float32")
+    share = 2 if strategy == "FSDP2" else 1
+    for stage in ("sft", "reward", "ppo"):
+        paths = (folder / name / stage / "memory.json" for name in ("one", "two"))
+        one, two = (json.loads(path.read_text()) for path in paths)
+        assert two["processes"]["number"] == 2
+        for part in ("weights", "gradients", "optimiser"):
+            accounts = (one["measured"], two["predicted"], two["measured"])
+            whole, *own = (sum(cost[part] for cost in x.values()) for x in accounts)
+            # To rows that do not divide by two, and heads.
+            assert own == pytest.approx([whole / share] * 2, rel=0.01), (stage, part)
+
+
 def test_the_evaluation_is_divided_and_the_same(runs):
     folder, *_ = runs
     one, two = (json.loads((folder / name / "evaluation/metrics.json").read_text())

@@ -12,7 +12,7 @@ from rich.console import Console
 from torch import nn
 
 from pipeline.config import ArchitectureSection, LoraSection, ModelSection
-from pipeline.models.footprint import Cost, at_first_step, measured, peaks, record
+from pipeline.models.footprint import Cost, at_first_step, divided, measured, peaks, record
 from pipeline.runfolder import RunFolder
 from stages.config import RunConfig
 from stages.memory import Files, predicted_files, predicted_footprint
@@ -195,6 +195,16 @@ def test_measuring_waits_until_every_group_is_trained_and_happens_once() -> None
         optimiser.step()
         optimiser.zero_grad()
     assert seen == [{"policy": Cost(24, 24, 48 + 8)}]
+
+
+def test_what_lies_over_processes_is_divided() -> None:
+    whole = {"policy": Cost(10, 10, 21), "base": Cost(7, 0, 0)}
+    assert divided(whole, 2, ("gradients", "optimiser")) == {
+        "policy": Cost(10, 5, 11),
+        "base": Cost(7, 0, 0),
+    }
+    assert divided(whole, 2, ("weights",))["base"] == Cost(4, 0, 0)
+    assert divided(whole, 1, ("weights",)) == whole
 
 
 def test_what_is_recorded_is_added_to(tmp_path: Path) -> None:
