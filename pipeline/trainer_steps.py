@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
@@ -27,6 +28,15 @@ class SteppedTrainer(Trainer):
             vars(module)["is_distributed_loading_by_transformers"] = True
         args._n_gpu = min(args.n_gpu, 1)  # one process, one device: never nn.DataParallel
         super().__init__(model=module, args=args, **settings)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Trainer's optimiser, without the group that adapters leave empty: DeepSpeed takes it out.
+
+        In every strategy, since states hold a learning rate of each group.
+        """
+        optimiser = super().create_optimizer(model)
+        optimiser.param_groups[:] = [group for group in optimiser.param_groups if group["params"]]
+        return optimiser
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         model, loader = super()._prepare_for_training(*args, **kwargs)

@@ -107,7 +107,10 @@ class Runtime:
             return sharding.shard(trunk, trunk.units(), device)
         from pipeline.distributed import zero_settings, zero_shards
 
-        return zero_shards.ZeroShards(trunk, zero_settings.engine(self.run, device), device)
+        config = zero_settings.engine(self.run, device)
+        # Whether it is worth it depends on the rows, and processes have to call the same modules.
+        trunk.last_layer = (None,)
+        return zero_shards.ZeroShards(trunk, trunk.readers(), config, device)
 
     def forget_sharded(self) -> None:
         """Let go of what a stage sharded: no trunk of it passes any more."""

@@ -29,6 +29,10 @@ class Shards:
         """The most passes that any process makes; all of them make as many."""
         return most(passes, self.device)
 
+    def calls(self, number: int) -> int:
+        """How often a pass calls a module: its weights are gathered once a pass."""
+        return number
+
     @contextmanager
     def whole(self) -> Iterator[None]:
         """Within it every process has all weights: its passes wait for nobody."""

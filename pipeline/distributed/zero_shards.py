@@ -5,7 +5,7 @@ are gathered for its pass, and let go of after it. A parameter that lies so answ
 tensor of torch does (`to_local`, `full_tensor`), so that saving asks nobody's kind.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -19,11 +19,18 @@ from pipeline.distributed.sharding import most
 class ZeroShards:
     """How the weights of one module lie over the processes."""
 
-    def __init__(self, module: nn.Module, config: dict[str, Any], device: torch.device) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        readers: Iterable[nn.Module],
+        config: dict[str, Any],
+        device: torch.device,
+    ) -> None:
         """Leave each process its stretch of the weights, in place, on `device`.
 
-        What is trainable is fixed by now. Who trains it makes the engine that hooks it; everything
-        else is hooked here.
+        `readers` read weights of modules within them without calling those, so that all of these
+        are gathered for a reader's pass. What is trainable is fixed by now. Who trains it makes the
+        engine that hooks it; everything else is hooked here.
         """
         import deepspeed
 
@@ -36,8 +43,8 @@ class ZeroShards:
             _answer(parameter)
         self.borrowed = [
             partial(deepspeed.zero.register_external_parameter, part, parameter)
-            for part in module.modules()
-            for parameter in getattr(part, "borrowed", list)()
+            for part in readers
+            for parameter in part.parameters()
         ]
         if not any(parameter.requires_grad for parameter in module.parameters()):
             self.hook()
@@ -45,6 +52,10 @@ class ZeroShards:
     def most(self, passes: int) -> int:
         """The most passes that any process makes; all of them make as many."""
         return most(passes, self.device)
+
+    def calls(self, number: int) -> int:
+        """How often a pass calls a module: its weights are gathered each time, by all processes."""
+        return number if self.is_whole else self.most(number)
 
     @contextmanager
     def whole(self) -> Iterator[None]:

@@ -34,11 +34,6 @@ class LeanLoraLinear(Linear):
             out = _product(x_nd, *weights, scaling)[0]
         return out.view(*x.shape[:-1], out.shape[-1])
 
-    def borrowed(self) -> list[nn.Parameter]:
-        """Weights of other modules that `forward` reads without calling those."""
-        layers = [self.base_layer, *self.lora_A.values(), *self.lora_B.values()]
-        return [parameter for layer in layers for parameter in layer.parameters()]
-
     def _is_plain(self, name: str, x: Tensor) -> bool:
         if self.merged_adapters or name not in self.lora_A or name in self.lora_variant:
             return False

@@ -16,7 +16,13 @@ from pipeline.codec import Codec
 from pipeline.distributed.sharding import Shards, is_sharded
 from pipeline.distributed.zero_shards import ZeroShards
 from pipeline.models import sequence_attention
-from pipeline.models.adapters import activate, adapter_names, adapter_parameters, is_of
+from pipeline.models.adapters import (
+    activate,
+    adapter_names,
+    adapter_parameters,
+    is_of,
+    tuner_layers,
+)
 from pipeline.models.calls import DecodeOutput, DecodeStep, TrunkOutput, Writing
 from pipeline.models.heads import ScalarHead
 from pipeline.models.joiner import PackedJoiner, make_joiner
@@ -183,9 +189,13 @@ class Trunk(nn.Module):
             return numbers(hidden_nd, ids_n)[0]
 
         rows = max(1, LOGITS_AT_A_TIME // self.vocabulary_size)
-        if len(ids_n) <= rows:
+        number = -(-len(ids_n) // rows)
+        if self.shards is not None:  # some chunks may be none: others have more
+            number = self.shards.calls(number)
+        if number <= 1:
             return numbers(hidden_nd, ids_n)
-        chunks = zip(hidden_nd.split(rows), ids_n.split(rows), strict=True)
+        chunks = list(zip(hidden_nd.split(rows), ids_n.split(rows), strict=True))
+        chunks += [(hidden_nd[:0], ids_n[:0])] * (number - len(chunks))
         if not torch.is_grad_enabled():
             parts = [numbers(*chunk) for chunk in chunks]
         elif with_entropy or not hidden_nd.requires_grad or self._output_layer_trains:
@@ -272,6 +282,11 @@ class Trunk(nn.Module):
         layers = [m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer)]
         assert layers, f"{type(self.model).__name__} has no layers that transformers marks as such"
         return [*layers, *self.heads.values()]
+
+    def readers(self) -> list[nn.Module]:
+        """What reads weights of modules within it without calling those: adapters' layers do."""
+        layers: list[nn.Module] = tuner_layers(self.model)
+        return layers
 
     def whole(self) -> AbstractContextManager[None]:
         """Within it all weights are here, and a pass waits for no other process."""

@@ -209,6 +209,32 @@ def test_interrupted_sft_goes_on_bit_for_bit_and_takes_states_of_others(tmp_path
     assert_close(folders[0], folders[2])
 
 
+def test_logits_in_chunks_of_which_processes_have_unequal_numbers(tmp_path, rlhf):
+    """ZeRO-3 gathers the output layer for each: a process with fewer makes some of nothing."""
+    make(tmp_path)
+    (tmp_path / "chunked.py").write_text(
+        "import sys\n"
+        "from pipeline.models import trunk\n"
+        "from stages.cli import main\n"
+        "trunk.LOGITS_AT_A_TIME = 4000  # 10 rows of 400\n"
+        "main()\n"
+    )
+    # Slopes of log-probs (frozen output layer) in PPO, logits made again in SFT.
+    form = [*FORMS["lora"], "ppo.optim.entropy_coef=0", "ppo.optim.gradient_checkpointing=true"]
+    asked = {
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(tmp_path / "zero3.json"),
+    }
+    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    for name, command, more in (("one", [sys.executable], {}), ("two", two, asked)):
+        verb = ["chunked.py", "run", "c.yaml", *form, f"run.name={name}"]
+        done = rlhf(tmp_path, *verb, command=command, **more)
+        assert done.returncode == 0, done.stdout + done.stderr
+    for stage in STAGES:
+        one, two = (tmp_path / "runs" / name / stage / "artifact" for name in ("one", "two"))
+        assert_close(one, two)
+
+
 def test_a_type_that_deepspeed_does_not_step_is_refused(tmp_path, rlhf):
     launches = make(tmp_path)
     done = rlhf(tmp_path, "sft", "c.yaml", "model.dtype=float64", *launches["ZeRO-2"])
