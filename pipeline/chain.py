@@ -18,7 +18,7 @@ from rich.console import Console
 from pipeline.environment import environment
 from pipeline.errors import CheckpointError, PipelineError
 from pipeline.keys import difference, stage_material
-from pipeline.resume import States, complete_states, newest_manifest
+from pipeline.resume import States, newest_manifest, remove_states
 from pipeline.runfolder import (
     MANIFEST,
     Manifest,
@@ -119,6 +119,7 @@ class Chain:
         own = self.folder.stage(name)
         manifest = self._finished(own, planned)
         if manifest is not None:
+            remove_states(own.checkpoints)  # of a run that was killed when it had finished
             self.console.print(f"[green]✓[/] {name}: finished, reused from {own.root}")
             return manifest.summary
         places = [source.stage(name) for source in self.sources]
@@ -280,8 +281,7 @@ class Chain:
                 summary=summary,
                 seconds=seconds,
             )
-            for _, state in complete_states(own.checkpoints):
-                shutil.rmtree(state, ignore_errors=True)
+            remove_states(own.checkpoints)
         self.runtime.barrier()
         self.console.print(f"[green]✓[/] {stage.name}: {seconds:.1f} s, {own.artifact}")
         return summary

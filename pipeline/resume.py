@@ -317,6 +317,12 @@ def complete_states(checkpoints: Path) -> list[tuple[int, Path]]:
     return sorted(found, reverse=True)
 
 
+def remove_states(checkpoints: Path) -> None:
+    """Remove the states of a training that has finished, incomplete ones too."""
+    for path in checkpoints.glob(f"{PREFIX}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def newest_manifest(checkpoints: Path) -> Manifest | None:
     """The manifest of the newest complete state, or None."""
     states = complete_states(checkpoints)

@@ -122,6 +122,16 @@ def test_unchanged_stages_are_reused(run):
     assert run() == []
 
 
+def test_states_that_a_kill_after_the_end_left_go(run):
+    run()
+    checkpoints = RunFolder(run.folder / "a").stage("first").checkpoints
+    for name in ("state-3/run.json", "state-4/run.safetensors", "step-2/manifest.json"):
+        (checkpoints / name).parent.mkdir(parents=True)
+        (checkpoints / name).write_text("{}")
+    assert run() == []
+    assert [path.name for path in checkpoints.iterdir()] == ["step-2"]
+
+
 def test_a_changed_stage_runs_again_with_those_that_follow_it(run):
     run()
     assert run(second={"rate": 2}) == ["second"]
