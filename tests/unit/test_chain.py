@@ -88,6 +88,7 @@ def world(monkeypatch):
         device="cpu",
         barrier=lambda: None,
         shards=False,
+        forget_sharded=lambda: None,
         from_main=lambda work: work(),
     )
     corpus = SimpleNamespace(fingerprint=lambda kind: "data-1", report={})
