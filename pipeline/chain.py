@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from pipeline.environment import environment
-from pipeline.errors import CheckpointError, PipelineError
+from pipeline.errors import CheckpointError, Interrupted, PipelineError
 from pipeline.keys import difference, stage_material
 from pipeline.resume import States, newest_manifest, remove_states
 from pipeline.runfolder import (
@@ -260,6 +260,9 @@ class Chain:
         try:
             summary = stage.run(context)
             states.settle()
+        except Interrupted:  # it says that its state is saved
+            states.settle()
+            raise
         except PipelineError:
             with suppress(PipelineError):  # the first one is the one to tell
                 states.settle(together=False)

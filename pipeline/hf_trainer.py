@@ -123,10 +123,8 @@ class PlannedTrainer(SteppedTrainer, ABC):
         self._step_rows: list[int] = []  # this process's rows of the step in hand
         self.title = title
         self.folder = folder
-        shown = console if self._rank == 0 else None
-        self.interruption = Interruption(
-            shown, lambda flag: self._sum_over_processes(torch.tensor(float(flag))) > 0
-        )
+        shown = console if self.runtime.is_main else None
+        self.interruption = Interruption(shown, self.runtime.any_of)
         self.state_every = section.steps_between("checkpoint_every", len(self.plan))
         self.resumed = None if states is None else states.newest(console or Console(quiet=True))
 
@@ -153,8 +151,8 @@ class PlannedTrainer(SteppedTrainer, ABC):
             self.rows,
             plan,
             self.token_budget,
-            self._rank,
-            self._world_size,
+            self.runtime.rank,
+            self.runtime.world_size,
             in_step=self.runtime.in_step,
         )
         return DataLoader(steps, batch_size=None, shuffle=False)
@@ -179,7 +177,7 @@ class PlannedTrainer(SteppedTrainer, ABC):
                 loss = self.loss_sum(model, batch) * weight
                 self.steps.backward(loss * (1 / step.units))
             losses.append(loss.detach())
-        loss_sum = self._sum_over_processes(torch.stack(losses).sum())
+        loss_sum = float(self.runtime.all_sum(torch.stack(losses).sum()))
         if not math.isfinite(loss_sum):
             raise self._not_finite("loss", loss_sum, rows_at_fault(step.groups, losses))
         self.step_sums.append((loss_sum, step.units, step.rows))
@@ -219,8 +217,8 @@ class PlannedTrainer(SteppedTrainer, ABC):
             range(len(rows.lengths)),
             rows,
             self.token_budget,
-            self._rank,
-            self._world_size,
+            self.runtime.rank,
+            self.runtime.world_size,
             in_step=self.runtime.shards,
         )
         with torch.no_grad():
@@ -228,7 +226,7 @@ class PlannedTrainer(SteppedTrainer, ABC):
                 for name, value in self.eval_sums(module, rows.collate(group)).items():
                     totals[name].append(value * weight)
         sums = {
-            name: self._sum_over_processes(torch.stack(values).sum())
+            name: float(self.runtime.all_sum(torch.stack(values).sum()))
             for name, values in sorted(totals.items())
         }
         metrics = self.eval_metrics(sums, sum(rows.units))
@@ -369,20 +367,6 @@ class PlannedTrainer(SteppedTrainer, ABC):
     def _module(self) -> nn.Module:
         assert isinstance(self.model, nn.Module)
         return self.model
-
-    @property
-    def _rank(self) -> int:
-        return int(self.accelerator.process_index)
-
-    @property
-    def _world_size(self) -> int:
-        return int(self.accelerator.num_processes)
-
-    def _sum_over_processes(self, value: Tensor) -> float:
-        if self._world_size == 1:
-            return float(value)
-        value = value.to(self.accelerator.device)
-        return float(self.accelerator.reduce(value, reduction="sum"))
 
 
 def _mean_loss(steps: Sequence[tuple[float, int, int]]) -> float:

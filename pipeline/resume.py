@@ -210,12 +210,16 @@ class States:
 
     def numbers_of_kept(self) -> list[Mapping[str, Any]]:
         """The run's numbers in each state that is whole, the newest first."""
-        found = []
-        for _, folder in complete_states(self.folder):
-            with suppress(CheckpointError):
-                verify(folder)
-                found.append(read_json(folder / "run.json"))
-        return found
+
+        def read() -> list[Mapping[str, Any]]:
+            found = []
+            for _, folder in complete_states(self.folder):
+                with suppress(CheckpointError):
+                    verify(folder)
+                    found.append(read_json(folder / "run.json"))
+            return found
+
+        return self.runtime.from_main(read)
 
     def _begin(self, folder: Path) -> None:
         with writing(folder):
@@ -282,13 +286,15 @@ class _Writing(threading.Thread):
             self.complete()
         except Exception as error:  # a thread's own would be lost
             self.error = error
+            shutil.rmtree(self.folder, ignore_errors=True)
+        finally:
+            del self.write, self.complete  # and the copies of tensors that they hold
 
     def settle(self) -> None:
         """Wait for the end, and raise what went wrong."""
         if self.ident is not None:
             self.join()
         if self.error is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
             if not isinstance(self.error, PipelineError):
                 raise self.error
             needed = self.size / 2**20
@@ -297,8 +303,10 @@ class _Writing(threading.Thread):
             ) from self.error
 
     def _wait_for_files(self) -> None:
-        # Each process's JSON is its last file. One that cannot write ends, and the run with it.
+        # Each process's JSON is its last file. One that cannot write takes the folder away.
         while len(list(self.folder.glob("rank-*.json"))) < self.processes:
+            if not self.folder.exists():
+                raise PipelineError(f"another process could not write its part of {self.folder}.")
             time.sleep(0.05)
 
 

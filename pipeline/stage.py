@@ -50,7 +50,7 @@ class Context:
         """Write a handle, by the main process, from what all processes have of its weights."""
         from pipeline.models.trained import trained_state
 
-        state = trained_state(handle)
+        state = trained_state(handle, keep=self.runtime.is_main)
         self.runtime.from_main(lambda: self.store.write(handle, state, folder))
 
     def report_cuts(self, codec: "Codec") -> dict[str, int]:

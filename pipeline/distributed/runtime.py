@@ -3,10 +3,12 @@
 Every collective is right with one process and with many; stages never ask which it is.
 """
 
+import gc
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
+from datetime import timedelta
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,6 +21,7 @@ from pipeline.distributed.steps import Steps
 from pipeline.distributed.strategy import claim
 from pipeline.environment import ASKED_PROCESSES, num_processes, process_index
 from pipeline.errors import ConfigError, PipelineError
+from pipeline.not_finite import together
 
 if TYPE_CHECKING:
     from pipeline.distributed.sharding import Shards
@@ -26,6 +29,9 @@ if TYPE_CHECKING:
     from pipeline.models.trunk import Trunk
 
 T = TypeVar("T")
+# The others wait while one process writes a large artifact, or its reward function is slow. (The
+# launcher ends them when a process fails: nobody waits for this to be over then.)
+PATIENCE = timedelta(hours=6)
 
 
 class Runtime:
@@ -42,9 +48,12 @@ class Runtime:
     def accelerator(self) -> Any:
         """accelerate's Accelerator, made when it is first needed."""
         from accelerate import Accelerator
+        from accelerate.utils import InitProcessGroupKwargs
 
         accelerator = Accelerator(
-            mixed_precision=self.run.mixed_precision, cpu=self.run.device == "cpu"
+            mixed_precision=self.run.mixed_precision,
+            cpu=self.run.device == "cpu",
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
         )
         refuse_fallback(str(accelerator.distributed_type), accelerator.num_processes)
         return accelerator
@@ -117,7 +126,11 @@ class Runtime:
         for trunk in self._sharded:
             if trunk.shards is not None:
                 trunk.shards.release()
-        self._sharded = []
+        if self._sharded:
+            self._sharded = []
+            gc.collect()  # modules and their hooks know one another
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
 
     def prepare(self, module: nn.Module, optimiser: Any, *, skips_some: bool = False) -> Steps:
         """Wrap a module and its optimiser for training; what is trainable is fixed by now.
@@ -203,11 +216,15 @@ class Runtime:
 
         All do all where there are fewer rows than processes: none may be left without, since passes
         through sharded weights are made together.
+
+        Raises:
+            TrainingError: `work` raised it, in whichever process.
         """
         if total < self.world_size:
             return list(work(range(total)))
         own = self.share(total)
-        found = self.gather_objects(list(zip(own, work(own), strict=True)))
+        results = together(lambda: list(work(own)), self)
+        found = self.gather_objects(list(zip(own, results, strict=True)))
         return [result for _, result in sorted(found, key=lambda pair: pair[0])]
 
     def share(self, total: int) -> range:

@@ -41,15 +41,17 @@ class Shards:
             return
         modules = [self.root, *self.units]
         for module in modules:
-            module.set_reshard_after_forward(False, recurse=False)
             module.unshard()
+        for module in self.units:  # the root never lets go of its own after a forward pass
+            module.set_reshard_after_forward(False, recurse=False)
         self.is_whole = True
         try:
             yield
         finally:
             self.is_whole = False
+            lets_go = _settings()["reshard_after_forward"]
             for module in self.units:
-                module.set_reshard_after_forward(True, recurse=False)
+                module.set_reshard_after_forward(lets_go, recurse=False)
             for module in modules:
                 module.reshard()
 
@@ -98,14 +100,11 @@ def _mesh(kind: str) -> Any:
 
 @cache
 def _settings() -> dict[str, Any]:
-    """accelerate's, from its configuration file: offloading to the host, and when to let go."""
+    """accelerate's, from its configuration file: whether a layer lets go after its forward pass."""
     from accelerate import FullyShardedDataParallelPlugin
 
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
-    return {
-        "offload_policy": plugin.cpu_offload,
-        "reshard_after_forward": plugin.reshard_after_forward,
-    }
+    return {"reshard_after_forward": plugin.reshard_after_forward}
 
 
 # --- tensors that lie over the processes ---

@@ -75,6 +75,11 @@ def claim() -> Strategy:
                 "the launch asks for FSDP of version 1: set fsdp_version to 2 in its configuration "
                 "(configs/accelerate/fsdp2.yaml is one)"
             )
+        if _is_set("FSDP_OFFLOAD_PARAMS"):
+            raise ConfigError(
+                "the launch asks for fsdp_offload_params, which no stage does: set it to false in "
+                "its configuration"
+            )
         asked = FSDP2
     elif _is_set(_DEEPSPEED):
         asked = _zero()

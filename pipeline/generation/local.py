@@ -39,14 +39,19 @@ class LocalEngine:
         native = serving(handle, sampling) is NativeEngine
 
         def attempt(rows: int) -> Generations:
-            engine = NativeEngine(rows, cuda_graphs=self.cuda_graphs)
+            # Gathering's side streams would be captured, too.
+            graphs = self.cuda_graphs and handle.trunk.shards is None
+            engine = NativeEngine(rows, cuda_graphs=graphs)
             serves = engine if native else StaticEngine(rows)
-            # Processes write responses of their own lengths: sharded weights are gathered once.
-            with handle.trunk.whole():
-                return serves.generate(handle, prompt_ids, sample_indices, sampling)
+            return serves.generate(handle, prompt_ids, sample_indices, sampling)
 
         remedy = "one response does not fit: shorten the prompts or the responses"
-        found, self.rows_at_once = halving(attempt, self.rows_at_once, 1, remedy, undo=lambda: None)
+        # Processes write responses of their own lengths, and one of them may need another attempt:
+        # sharded weights are gathered once, by all.
+        with handle.trunk.whole():
+            found, self.rows_at_once = halving(
+                attempt, self.rows_at_once, 1, remedy, undo=lambda: None
+            )
         return found
 
 

@@ -23,6 +23,7 @@ from pipeline.generation.vllm_adapters import AdapterHandover
 from pipeline.inference import infer
 from pipeline.models.adapters import adapter_state
 from pipeline.models.trunk import Handle
+from pipeline.not_finite import together
 
 # The first rows of each version of the policy are read by the trunk too. Other kernels and bf16
 # differ by some hundredths of a nat a token, another model's weights by one or more.
@@ -77,11 +78,14 @@ class VllmEngine:
             own = {"prompt": [list(prompt)], "seed": row_seed(sampling, index)}
             return self._ask({**fixed, **own}, handle, index)
 
-        pool = ThreadPoolExecutor(max(1, min(self._rows_at_once, len(prompt_ids))))
-        try:
-            rows = list(pool.map(ask, prompt_ids, sample_indices))
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        def ask_all() -> list[Row]:
+            pool = ThreadPoolExecutor(max(1, min(self._rows_at_once, len(prompt_ids))))
+            try:
+                return list(pool.map(ask, prompt_ids, sample_indices))
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+        rows = together(ask_all, self._runtime)
         made = Generations(
             [ids for ids, _, _ in rows], [ended for *_, ended in rows], [own for _, own, _ in rows]
         )
@@ -149,7 +153,9 @@ class VllmEngine:
             return float((ours - theirs).abs()[batch.response_mask].mean())
 
         scaled = mismatch(temperature)
-        if temperature != 1.0 and scaled > _NEGLIGIBLE and mismatch(1.0) < scaled / 2:
+        # All look or none: passes through sharded weights are made together.
+        looks = temperature != 1.0 and self._runtime.any_of(scaled > _NEGLIGIBLE)
+        if looks and mismatch(1.0) < scaled / 2 and scaled > _NEGLIGIBLE:
             raise ConfigError(
                 f"the vLLM server's log-probs are those of temperature 1, but "
                 f"ppo.rollout.temperature is {temperature:g}: importance weights would be wrong. "

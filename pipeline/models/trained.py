@@ -21,25 +21,29 @@ class TrainedState:
     head: dict[str, Tensor]
 
 
-def trained_state(handle: Handle) -> TrainedState:
-    """Whole tensors; of sharded ones every process has rows, and all of them ask together."""
+def trained_state(handle: Handle, *, keep: bool = True) -> TrainedState:
+    """Whole tensors; of sharded ones every process has rows, and all of them ask together.
+
+    Who writes nothing need not `keep` what it asks for.
+    """
     trunk, role = handle.trunk, handle.role
     if role.adapter is None:
-        weights = _gathered(trunk.base_state())
+        weights = _gathered(trunk.base_state(), keep=keep)
     else:
         weights = adapters.adapter_state(trunk.model, role.adapter)
     head = {} if role.head is None else trunk.heads[role.head].state_dict(keep_vars=True)
     return TrainedState(weights, {n: whole(x).detach() for n, x in head.items()})
 
 
-def _gathered(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+def _gathered(named: Iterable[tuple[str, Tensor]], *, keep: bool) -> dict[str, Tensor]:
     """Whole tensors; sharded ones one by one in main memory, for no device need hold them all."""
     found: dict[str, Tensor] = {}
     done: dict[int, Tensor] = {}
     for name, tensor in named:
         if is_sharded(tensor):
             if id(tensor) not in done:  # tied weights stay one tensor
-                done[id(tensor)] = whole(tensor).detach().cpu()
+                gathered = whole(tensor).detach()
+                done[id(tensor)] = gathered.cpu() if keep else tensor
             tensor = done[id(tensor)]
         found[name] = tensor
     return found

@@ -111,12 +111,13 @@ class Panel:
     def answer(self, policy: Handle, sft: Handle) -> Answers:
         """One response of `policy` to each prompt."""
         drawn = self._draw(policy, 1)
-        return self._measure(drawn, self._scores(drawn), self._kl(policy, sft, drawn))
+        scores = self._scores(drawn, self.rewards)
+        return self._measure(drawn, scores, self._kl(policy, sft, drawn))
 
     def best_of_n(self, sft: Handle, n: int) -> Answers:
         """The best of n SFT responses to each prompt by the run's rewards."""
         drawn = self._draw(sft, n)
-        scores = self._scores(drawn)
+        scores = self._scores(drawn, self.rewards)
         count = len(self.prompts)
         best = metrics.best_indices([scores[i::count] for i in range(count)])
         rows = [i + j * count for i, j in enumerate(best)]
@@ -136,9 +137,9 @@ class Panel:
         response_ids, ended = [ids for ids, _ in written], [end for _, end in written]
         return Completions.decode(self.codec, self.prompts * n, prompt_ids, response_ids, ended)
 
-    def _scores(self, drawn: Completions) -> list[float]:
-        """What PPO maximised, of each response."""
-        return self.runtime.divided(len(drawn), lambda rows: self.rewards.score(drawn.take(rows)))
+    def _scores(self, drawn: Completions, source: RewardSource) -> list[float]:
+        """Scores of the responses by a source."""
+        return self.runtime.divided(len(drawn), lambda rows: source.score(drawn.take(rows)))
 
     def _measure(self, drawn: Completions, scores: list[float], kl: float) -> Answers:
         return Answers(
@@ -146,7 +147,7 @@ class Panel:
             texts=list(drawn.texts),
             ended=list(drawn.ended),
             scores=list(scores),
-            gold=None if self.gold is None else list(self.gold.score(drawn)),
+            gold=None if self.gold is None else self._scores(drawn, self.gold),
             rouge_l=None if self.references is None else rouge_l(drawn.texts, self.references),
             kl=kl,
         )

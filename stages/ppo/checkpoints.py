@@ -45,7 +45,7 @@ class Checkpoints:
         Raises:
             CheckpointError: its folder is missing or damaged.
         """
-        verify(self._folder(best[0]))
+        self.context.runtime.from_main(lambda: verify(self._folder(best[0])))
         self.best, self.bests_of_states = best, list(bests_of_states)
         kept = {self._folder(iteration) for iteration in self.bests_of_states}
         for path in self.context.folder.checkpoints.glob("step-*"):

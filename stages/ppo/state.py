@@ -82,6 +82,7 @@ def restore(training: "Training") -> Reached | None:
         restore_random(found.own)
         if training.samples is not None:
             training.samples.restore(**found.own.numbers["samples"])
+    training.sampled = found.step
     return Reached(found.step, numbers["started"], numbers["ended"])
 
 

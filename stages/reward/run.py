@@ -10,7 +10,7 @@ demonstrations have mean 0; here the SFT policy's own samples do, since PPO star
 """
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
 from statistics import fmean, pstdev
@@ -217,16 +217,19 @@ def normalise(
         temperature=section.temperature,
         seed=runtime.seed("reward", "samples"),
     )
-    share = runtime.share(len(chosen))
-    own = [chosen[index] for index in share]
-    with runtime.autocast():
-        drawn = LocalEngine(cuda_graphs=runtime.run.cuda_graphs).generate(sft, own, share, sampling)
-    completions = Completions.decode(
-        sft.codec, [Prompt(prompts[ids]) for ids in own], own, drawn.response_ids, drawn.ended
-    )
-    own_scores = score(handle, completions, context)
-    gathered = runtime.gather_objects(list(zip(own_scores, drawn.ended, strict=True)))
-    scores = [value for value, _ in gathered]
+    engine = LocalEngine(cuda_graphs=runtime.run.cuda_graphs)
+
+    def written_and_scored(rows: Sequence[int]) -> Iterable[tuple[float, bool]]:
+        own = [chosen[row] for row in rows]
+        with runtime.autocast():
+            drawn = engine.generate(sft, own, list(rows), sampling)
+        completions = Completions.decode(
+            sft.codec, [Prompt(prompts[ids]) for ids in own], own, drawn.response_ids, drawn.ended
+        )
+        return zip(score(handle, completions, context), drawn.ended, strict=True)
+
+    found = runtime.divided(len(chosen), written_and_scored)
+    scores = [value for value, _ in found]
     mean, std = fmean(scores), pstdev(scores)
     head = handle.trunk.heads[handle.role.head or ""]
     assert isinstance(head, ScalarHead)
@@ -240,7 +243,7 @@ def normalise(
         head.normalise(mean, std)
     else:
         head.normalise(mean)
-    ended = fmean(ended for _, ended in gathered)
+    ended = fmean(ended for _, ended in found)
     return Normalisation(len(scores), ended, mean, std, float(head.shift), float(head.scale))
 
 
