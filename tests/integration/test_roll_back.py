@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 
+from pipeline.not_finite import NotFinite
 from stages.ppo.run import Training
 from stages.ppo.update import Updater
 from tests.tiny_chain import Killed, assert_same, rlhf, rows, samples, states, write_config
@@ -80,6 +81,23 @@ def test_numbers_that_are_not_finite_lead_back_to_the_newest_state(place, fails)
     assert [s["sample_index"] for s in samples(place / "r/ppo")] == list(range(24))
     manifest = json.loads((place / "r/ppo/artifact/manifest.json").read_text())
     assert manifest["summary"]["rollbacks"] == 1 and "stopped" not in manifest["summary"]
+
+
+def test_a_state_that_cannot_be_sampled_from_is_not_gone_back_to(place, fails, monkeypatch):
+    """The update of iteration 5 fails, then what its state 4 samples: state 3 is the good one."""
+    fails(5, times=1)
+    own = Training.collect
+
+    def collect(self, number):
+        if number == 5 and self.rollbacks == 1:
+            raise NotFinite("logits", "the model's logits are not finite")
+        return own(self, number)
+
+    monkeypatch.setattr(Training, "collect", collect)
+    output = rlhf("ppo", "run.name=r", *PPO, "ppo.checkpoint_every=1")
+    assert "ppo goes back to iteration 4, with learning rates times 0.5 (roll-back 1" in output
+    assert "ppo goes back to iteration 3, with learning rates times 0.5 (roll-back 2" in output
+    assert [row["step"] for row in rows(place / "r/ppo")] == list(range(7))
 
 
 def test_what_it_goes_back_to_is_the_state_and_nothing_of_after(place, fails):

@@ -20,8 +20,9 @@ from pipeline.config import (
     RunSection,
     Section,
 )
-from pipeline.errors import CheckpointError, TrainingError
+from pipeline.errors import CheckpointError, Interrupted, PipelineError, TrainingError
 from pipeline.keys import difference, resource_fingerprint
+from pipeline.resume import States
 from pipeline.runfolder import RunFolder
 
 
@@ -230,6 +231,19 @@ def test_checkpoints_of_an_unfinished_attempt_are_kept(run):
     kept = RunFolder(run.folder / "a").previous("second", "unfinished")
     assert (kept / "checkpoints/step-3/manifest.json").exists()
     assert not (run.folder / "a/second/checkpoints").exists()
+
+
+def test_a_run_that_was_asked_to_stop_says_that_its_state_was_not_written(run, monkeypatch):
+    def stopped(self, context):
+        raise Interrupted("stopped after step 3, as asked", 143)
+
+    def settle(self, *, together=True):
+        raise PipelineError("no room for the state")
+
+    monkeypatch.setattr(Step, "run", stopped)
+    monkeypatch.setattr(States, "settle", settle)
+    with pytest.raises(PipelineError, match="no room for the state"):
+        run()
 
 
 def test_a_stage_that_failed_leaves_no_artifact_and_starts_again(run):

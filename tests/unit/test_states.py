@@ -1,7 +1,9 @@
 """States written in the background: what they hold, when they count, and what a failure leaves."""
 
 import json
+import shutil
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -91,6 +93,17 @@ def test_a_failure_is_told_by_the_next_save(states, monkeypatch):
         states.save(3, State({"w": torch.ones(1)}), State())
     assert steps(states) == [1]
     assert [path.name for path in states.folder.iterdir()] == ["state-1"]
+
+
+def test_a_part_that_another_process_cannot_write_is_not_waited_for(states):
+    states.runtime.world_size = 2
+    states.save(1, State({"w": torch.ones(1)}), State())
+    folder = states.folder / "state-1"
+    while not (folder / "rank-0.json").exists():
+        time.sleep(0.01)
+    shutil.rmtree(folder)  # which the other does
+    with pytest.raises(PipelineError, match="another process could not write its part"):
+        states.settle(together=False)
 
 
 def test_the_main_process_waits_for_the_files_of_the_others(states):
