@@ -17,7 +17,6 @@ from typer.testing import CliRunner
 import pipeline.chain
 from pipeline.distributed.launch import Machines, find_configuration
 from pipeline.distributed.runtime import refuse_fallback
-from pipeline.distributed.strategy import FSDP2, claim
 from pipeline.errors import ConfigError, TrainingError
 from stages import STAGES, cli
 from stages.cli import SUMMARY_OF_VERB, app, needed_stages
@@ -339,21 +338,6 @@ def test_another_launch_than_was_asked_for_is_refused(monkeypatch: pytest.Monkey
     monkeypatch.setenv("RLHF_ASKED_PROCESSES", "4")
     with pytest.raises(ConfigError, match="asks for 4 processes, but accelerate runs 1"):
         refuse_fallback("DistributedType.NO", 1)
-
-
-def test_what_a_launch_asks_of_fsdp(monkeypatch: pytest.MonkeyPatch) -> None:
-    variables = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1", "FSDP_OFFLOAD_PARAMS": "true"}
-    for name, value in (variables | {"WORLD_SIZE": "2", "RLHF_STRATEGY": "DDP"}).items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError, match="set fsdp_version to 2"):
-        claim()
-    monkeypatch.setenv("FSDP_VERSION", "2")
-    with pytest.raises(ConfigError, match="fsdp_offload_params, which no stage does"):
-        claim()
-    monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "false")
-    assert claim() is FSDP2
-    assert "ACCELERATE_USE_FSDP" not in os.environ  # accelerate would do it once more
-    assert claim() is FSDP2  # whoever asks again
 
 
 def test_where_the_machines_are_is_said_to_accelerate() -> None:

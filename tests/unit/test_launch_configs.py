@@ -90,6 +90,23 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
+def test_fsdp2_is_claimed_from_accelerate(asked: pytest.MonkeyPatch) -> None:
+    asked.setenv("RLHF_STRATEGY", "")  # put back after the test
+    asked.delenv("RLHF_STRATEGY")
+    asked.setenv("WORLD_SIZE", "2")
+    asked.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ConfigError, match="set fsdp_version to 2"):
+        strategy.claim()
+    asked.setenv("FSDP_VERSION", "2")
+    asked.setenv("FSDP_OFFLOAD_PARAMS", "true")
+    with pytest.raises(ConfigError, match="fsdp_offload_params, which no stage does"):
+        strategy.claim()
+    asked.setenv("FSDP_OFFLOAD_PARAMS", "false")
+    assert strategy.claim() is strategy.FSDP2
+    assert "ACCELERATE_USE_FSDP" not in os.environ  # accelerate would do it once more
+    assert strategy.claim() is strategy.FSDP2
+
+
 @pytest.mark.parametrize("stage", [2, 3])
 def test_deepspeed_is_claimed_from_accelerate(asked: pytest.MonkeyPatch, stage: int) -> None:
     asked.setenv("RLHF_STRATEGY", "")  # put back after the test
