@@ -49,6 +49,8 @@ class Machines:
                     f"--rendezvous {self.rendezvous}: write HOST:PORT, as 10.0.0.1:29500"
                 )
             given |= {"main_process_ip": host, "main_process_port": port}
+        elif (self.machines or said.num_machines) == 1 and said.main_process_port is None:
+            given["main_process_port"] = 0  # a free one: accelerate's own is always the same
         words = [(f"--{name}", str(value)) for name, value in given.items() if value is not None]
         return processes, [word for pair in words for word in pair]
 

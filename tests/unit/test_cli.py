@@ -352,6 +352,8 @@ def test_where_the_machines_are_is_said_to_accelerate() -> None:
     assert (found.main_process_ip, found.main_process_port) == ("node1", 29511)
     processes, words = Machines().settings(path)  # the file's own
     assert processes == 16 and words == ["--config_file", str(path), "--num_processes", "16"]
+    _, words = Machines().settings(find_configuration("cpu2"))  # two runs on one machine
+    assert words[-2:] == ["--main_process_port", "0"]
 
 
 @pytest.mark.parametrize(
