@@ -105,7 +105,7 @@ Launch = Annotated[
     typer.Option(
         "--launch",
         metavar="NAME",
-        help="Start many processes through accelerate: a file of configs/accelerate (cpu2, ddp, "
+        help="Start many processes through accelerate: a file of configs/accelerate (ddp, fsdp2, "
         "...) or a path.",
         show_default=False,
     ),
