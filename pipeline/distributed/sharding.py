@@ -78,7 +78,8 @@ def shard(module: nn.Module, units: Iterable[nn.Module], device: torch.device) -
     apart = list(units)
     for unit in apart:
         fully_shard(unit, **settings)
-    fully_shard(module, **settings)
+    # What belongs to no unit stays gathered from a pass to its backward pass (torch's None).
+    fully_shard(module, **settings | {"reshard_after_forward": None})
     return Shards(module, apart, device)
 
 

@@ -57,7 +57,7 @@ def worker() -> None:
 
     class Spoilt(SquaredError):
         def loss_sum(self, model: nn.Module, batch: Any) -> Tensor:
-            spoilt = self._rank == 1 and self.state.global_step == 2
+            spoilt = self.runtime.rank == 1 and self.state.global_step == 2
             return super().loss_sum(model, batch) * (math.nan if spoilt else 1.0)
 
     with tempfile.TemporaryDirectory() as folder:

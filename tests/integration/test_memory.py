@@ -88,11 +88,11 @@ def states(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     sizes: dict[str, int] = {}
     own = States._complete
 
-    def complete(self: States, folder: Path, step: int) -> None:
+    def complete(self: States, folder: Path, step: int, logged: int) -> None:
         (folder / "rank-0.safetensors").rename("random.safetensors")
         sizes[self.stage] = max(sizes.get(self.stage, 0), on_disk(folder))
         Path("random.safetensors").rename(folder / "rank-0.safetensors")
-        own(self, folder, step)
+        own(self, folder, step, logged)
 
     monkeypatch.setattr(States, "_complete", complete)
     return sizes
