@@ -53,6 +53,7 @@ ppo:
       ptx_coef: 0.1, entropy_coef: 0.01, value_warmup_iterations: 1}}
   held_out: {{every: 2, num_prompts: 5}}
 evaluation: {{prompts: 5, max_new_tokens: 4}}
+export: {{merged: true}}
 """
 FORMS = {
     "full": ["sft.tuning=full", "reward.tuning=full", "ppo.tuning=full", "ppo.value=separate"],
@@ -102,7 +103,7 @@ def runs(request, tmp_path_factory):
     form = FORMS[name]
     done = [
         rlhf(folder, verb, "c.yaml", *form, "run.name=one")
-        for verb in ("sft", "reward", "ppo", "evaluate")
+        for verb in ("sft", "reward", "ppo", "evaluate", "export")
     ]
     done.append(rlhf(folder, "run", "c.yaml", *form, "run.name=two", *LAUNCHES[strategy]))
     for one in done:
@@ -130,6 +131,16 @@ def test_two_processes_compute_what_one_does(runs):
             found = load_file(folder / "two" / path.relative_to(folder / "one"))
             for name, tensor in load_file(path).items():
                 torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-9)
+
+
+def test_what_is_exported_is_the_same(runs):
+    folder, *_ = runs
+    paths = sorted((folder / "one/export").rglob("*.safetensors"))
+    assert any("merged" in path.parts for path in paths)
+    for path in paths:
+        found = load_file(folder / "two" / path.relative_to(folder / "one"))
+        for name, tensor in load_file(path).items():
+            torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-9)
 
 
 def test_memory_is_that_of_one_process(runs):
