@@ -1,32 +1,58 @@
 """The command line in this process, on models so small that a stage takes a second."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet
+import torch
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from stages.cli import app
 
 ROOT = Path(__file__).parents[1]
 TIMES = ("seconds", "per_second")
-CONFIG = f"""
-run: {{name: r, trackers: [], device: cpu}}
+
+
+def head(
+    name: str,
+    *,
+    width: int = 32,
+    layers: int = 2,
+    dtype: str = "float32",
+    lora: str = "{rank: 4, alpha: 8}",
+    limits: tuple[int, int, int] = (60, 40, 60),  # demonstrations, rankings, prompts
+    max_prompt_tokens: int = 96,
+) -> str:
+    """A configuration up to its stages: a small model, and files of the built-in task."""
+    demonstrations, rankings, prompts = limits
+    files = f"{ROOT}/data/quickstart"
+    return f"""
+run: {{name: {name}, trackers: [], device: cpu}}
 model:
   init: config
+  dtype: {dtype}
   vocabulary_size: 400
   architecture:
-    {{hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 32,
-      max_position_embeddings: 128}}
-lora: {{rank: 2, alpha: 4}}
+    {{hidden_size: {width}, num_hidden_layers: {layers}, num_attention_heads: 2,
+      intermediate_size: {2 * width}, max_position_embeddings: 128}}
+lora: {lora}
 data:
-  demonstrations: {{path: "{ROOT}/data/quickstart/demonstrations.jsonl", limit: 40}}
-  rankings: {{path: "{ROOT}/data/quickstart/rankings.jsonl", limit: 20}}
-  prompts: {{path: "{ROOT}/data/quickstart/prompts.jsonl", limit: 40}}
+  demonstrations: {{path: "{files}/demonstrations.jsonl", limit: {demonstrations}}}
+  rankings: {{path: "{files}/rankings.jsonl", limit: {rankings}}}
+  prompts: {{path: "{files}/prompts.jsonl", limit: {prompts}}}
   held_out_fraction: 0.25
-  max_prompt_tokens: 64
+  max_prompt_tokens: {max_prompt_tokens}
   max_response_tokens: 24
+"""
+
+
+SMALLEST = head(
+    "r", width=16, layers=1, lora="{rank: 2, alpha: 4}", limits=(40, 20, 40), max_prompt_tokens=64
+)
+CONFIG = f"""{SMALLEST}
 sft: {{max_steps: 6, batch_size: 4, checkpoint_every: 2, log_every: 1, eval_every: 3}}
 reward:
   {{epochs: 3, max_steps: 6, batch_size: 4, checkpoint_every: 2, log_every: 1, eval_every: 3,
@@ -81,6 +107,30 @@ def samples(stage: Path) -> list[dict[str, Any]]:
 def states(stage: Path) -> list[str]:
     """The names of its states, the incomplete ones included."""
     return sorted(path.name for path in (stage / "checkpoints").glob("state-*"))
+
+
+def assert_close(one: Path, two: Path, tolerance: float = 1e-9) -> None:
+    """The weights in all files of two folders agree."""
+    paths = sorted(one.rglob("*.safetensors"))
+    assert paths
+    for path in paths:
+        found = load_file(two / path.relative_to(one))
+        for name, tensor in load_file(path).items():
+            torch.testing.assert_close(found[name], tensor, rtol=0, atol=tolerance)
+
+
+def assert_close_stage(
+    one: Path, two: Path, tolerance: float = 1e-9, metrics: float = 1e-9
+) -> None:
+    """Two runs of a stage agree but for rounding: metrics, and the artifact's weights."""
+    rows_of_one, rows_of_two = rows(one), rows(two)
+    assert len(rows_of_one) == len(rows_of_two) >= 3
+    for row, other in zip(rows_of_one, rows_of_two, strict=True):
+        assert row.keys() == other.keys()
+        for key, number in row.items():
+            close = math.isclose(number, other[key], rel_tol=tolerance, abs_tol=metrics)
+            assert close, (one.name, key, number, other[key])
+    assert_close(one / "artifact", two / "artifact", tolerance)
 
 
 def assert_same(stage: Path, whole: Path) -> None:

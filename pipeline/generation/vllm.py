@@ -23,7 +23,7 @@ from pipeline.generation.vllm_adapters import AdapterHandover
 from pipeline.inference import infer
 from pipeline.models.adapters import adapter_state
 from pipeline.models.trunk import Handle
-from pipeline.not_finite import together
+from pipeline.not_finite import NotFinite, together
 
 # The first rows of each version of the policy are read by the trunk too. Other kernels and bf16
 # differ by some hundredths of a nat a token, another model's weights by one or more.
@@ -63,6 +63,7 @@ class VllmEngine:
 
         Raises:
             ConfigError: the server is not the one that the run needs.
+            NotFinite: log-probs of its answers are NaN or infinite; rows count from 0.
             TrainingError: it failed, or answered what cannot be a sample of the policy.
         """
         assert len(prompt_ids) == len(sample_indices)
@@ -81,9 +82,11 @@ class VllmEngine:
         def ask_all() -> list[Row]:
             pool = ThreadPoolExecutor(max(1, min(self._rows_at_once, len(prompt_ids))))
             try:
-                return list(pool.map(ask, prompt_ids, sample_indices))
+                rows = list(pool.map(ask, prompt_ids, sample_indices))
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
+            self._refuse_not_finite(rows, sample_indices, handle)
+            return rows
 
         rows = together(ask_all, self._runtime)
         made = Generations(
@@ -117,6 +120,22 @@ class VllmEngine:
                 f"{self._server.url}/v1/completions gave no sample of the policy for sample "
                 f"{index}: {error}"
             ) from error
+
+    def _refuse_not_finite(
+        self, rows: Sequence[Row], sample_indices: Sequence[int], handle: Handle
+    ) -> None:
+        bad = [n for n, (_, own, _) in enumerate(rows) if not all(map(math.isfinite, own))]
+        if bad:
+            raise NotFinite(
+                "logprobs",
+                f"the log-probs from {self._server.url} are not finite for {len(bad)} of "
+                f"{len(rows)} samples, the first of them sample {sample_indices[bad[0]]}: the "
+                "policy may have diverged",
+                [
+                    {"row": n, "response": handle.codec.text(rows[n][0]), "logprobs": rows[n][1]}
+                    for n in bad
+                ],
+            )
 
     def _on_main(self, work: Callable[[], str]) -> str:
         """What `work` returns in the first process, or raises there, in every process."""
@@ -203,10 +222,10 @@ def row_seed(sampling: Sampling, index: int) -> int:
 
 
 def read_answer(answer: Any, stop_ids: frozenset[int], max_tokens: int, vocabulary: int) -> Row:
-    """The one response in a completion.
+    """The one response in a completion, its log-probs as they are, NaN and infinite ones included.
 
     Raises:
-        ValueError: it is no whole, finite sample that ended at a stop id or at the limit.
+        ValueError: it is no whole sample that ended at a stop id or at the limit.
     """
     try:
         (choice,) = answer["choices"]
@@ -222,9 +241,8 @@ def read_answer(answer: Any, stop_ids: frozenset[int], max_tokens: int, vocabula
         raise ValueError(f"ids outside the vocabulary of {vocabulary}: it serves another model")
     if len(logprobs or []) != len(ids):
         raise ValueError(f"{len(logprobs or [])} log-probs for {len(ids)} tokens")
-    # vLLM writes -9999 for minus infinity.
-    if not all(isinstance(x, int | float) and math.isfinite(x) and x > -9999 for x in logprobs):
-        raise ValueError("its log-probs are not finite: the policy may have diverged")
+    if not all(x is None or isinstance(x, int | float) for x in logprobs):
+        raise ValueError(f"log-probs that are no numbers: {logprobs[:3]}")
     ended = ids[-1] in stop_ids
     if any(id_ in stop_ids for id_ in ids[:-1]):
         raise ValueError("it went on after a stop id: it passed stop_token_ids over")
@@ -238,4 +256,11 @@ def read_answer(answer: Any, stop_ids: frozenset[int], max_tokens: int, vocabula
             f"it was cut after {len(ids)} of {max_tokens} tokens: raise the server's "
             "--max-model-len"
         )
-    return ids, [float(x) for x in logprobs], ended
+    return ids, [_as_number(x) for x in logprobs], ended
+
+
+def _as_number(logprob: float | None) -> float:
+    """JSON has no NaN (vLLM writes null) and no minus infinity (it writes -9999)."""
+    if logprob is None:
+        return math.nan
+    return float(logprob) if logprob > -9999 or math.isnan(logprob) else -math.inf

@@ -7,30 +7,19 @@ size, which Adam's division makes steps of full length where a gradient is nothi
 """
 
 import json
-import math
-import os
 import subprocess
 import sys
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 
-import pyarrow.parquet
 import pytest
-import torch
 import yaml
-from safetensors.torch import load_file
 
-from tests.distributed.test_pipeline_ranks import CONFIG, ENVIRONMENT, FORMS, RLHF, TIMES, rows
+from tests.distributed.conftest import NEEDS_DEEPSPEED
+from tests.distributed.test_pipeline_ranks import CONFIG, ENVIRONMENT, FORMS, RLHF, responses
+from tests.tiny_chain import ROOT, assert_close, assert_close_stage
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        find_spec("deepspeed") is None,
-        reason="DeepSpeed is not installed: pip install 'rlhf-pipeline[deepspeed]'",
-    ),
-]
-ROOT = Path(__file__).parents[2]
+pytestmark = [pytest.mark.slow, NEEDS_DEEPSPEED]
 FLOAT32 = CONFIG.replace("dtype: float64", "dtype: float32").replace(
     "learning_rate: 5.0e-3", "learning_rate: 5.0e-3, adam_eps: 1.0e-4"
 )
@@ -43,11 +32,9 @@ Rlhf = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="module")
-def rlhf(tmp_path_factory) -> Rlhf:
-    """Run a verb in a folder. DeepSpeed's own extension is built once for all of this file."""
-    built = tmp_path_factory.mktemp("extensions")  # a build that was killed locks the common place
-    tools = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    environment = ENVIRONMENT | {"TORCH_EXTENSIONS_DIR": str(built), "PATH": tools}
+def rlhf(deepspeed_builds) -> Rlhf:
+    """Run a verb in a folder."""
+    environment = ENVIRONMENT | deepspeed_builds
 
     def run(
         folder: Path, *arguments: str, command: list[str] = RLHF, **more: str
@@ -99,49 +86,26 @@ def runs(request, tmp_path_factory, rlhf):
     return folder / "runs", two.stdout + two.stderr, f"DeepSpeed {strategy[:6]}"
 
 
-def assert_close(one: Path, two: Path, tolerance: float = TOLERANCE) -> None:
-    """The same weights in all files of two folders."""
-    paths = sorted(one.rglob("*.safetensors"))
-    assert paths
-    for path in paths:
-        found = load_file(two / path.relative_to(one))
-        for name, tensor in load_file(path).items():
-            torch.testing.assert_close(found[name], tensor, rtol=0, atol=tolerance)
-
-
 def test_two_processes_compute_what_one_does(runs):
     folder, *_ = runs
     for stage in STAGES:
-        one, two = (rows(folder / name / stage / "metrics.jsonl") for name in ("one", "two"))
-        assert len(one) == len(two) >= 3
-        for row, other in zip(one, two, strict=True):
-            assert row.keys() == other.keys()
-            for key, number in row.items():
-                if not any(time in key for time in TIMES):
-                    # Perplexity and explained variance multiply the error of what they are made of.
-                    close = math.isclose(number, other[key], rel_tol=1e-5, abs_tol=1e-4)
-                    assert close, (stage, key, number, other[key])
-        assert_close(folder / "one" / stage / "artifact", folder / "two" / stage / "artifact")
+        # Perplexity and explained variance multiply the error of what they are made of.
+        one, two = folder / "one" / stage, folder / "two" / stage
+        assert_close_stage(one, two, TOLERANCE, metrics=1e-4)
 
 
 def test_the_first_rollouts_agree_token_for_token(runs):
     folder, *_ = runs
-
-    def samples(run: str) -> dict[int, tuple]:
-        found = {}
-        for path in sorted((folder / run / "ppo/samples").glob("*.parquet")):
-            for row in pyarrow.parquet.read_table(path).to_pylist():
-                if row["iteration"] == 1:
-                    found[row["sample_index"]] = (row["prompt_ids"], row["response_ids"])
-        return found
-
-    assert samples("one") == samples("two")
-    assert len(samples("two")) == 9
+    one, two = (
+        {index: row for index, row in responses(folder / name).items() if row[0] == 1}
+        for name in ("one", "two")
+    )
+    assert one == two and len(two) == 9
 
 
 def test_exports_are_those_of_one_process(runs):
     folder, *_ = runs
-    assert_close(folder / "one/export", folder / "two/export")
+    assert_close(folder / "one/export", folder / "two/export", TOLERANCE)
 
 
 def test_the_strategy_is_the_one_that_was_asked_for(runs):
@@ -184,7 +148,8 @@ def test_killed_processes_go_on_as_if_they_had_not_been(tmp_path, rlhf, form, st
         done = rlhf(tmp_path, *ppo, f"run.name={name}", *launch)
         assert done.returncode == 0, done.stdout + done.stderr
         assert "going on after step 2" in done.stdout
-        assert_close(tmp_path / "runs/whole/ppo/artifact", tmp_path / f"runs/{name}/ppo/artifact")
+        whole, run = (tmp_path / f"runs/{run}/ppo/artifact" for run in ("whole", name))
+        assert_close(whole, run, TOLERANCE)
 
 
 @pytest.mark.parametrize("strategy", ["ZeRO-2", "ZeRO-3"])
@@ -206,7 +171,7 @@ def test_interrupted_sft_goes_on_bit_for_bit_and_takes_states_of_others(tmp_path
         assert "going on after step 6" in done.stdout
     folders = [tmp_path / f"runs/{name}/sft/artifact" for name in ("whole", "two", "other")]
     assert_close(folders[0], folders[1], tolerance=0)
-    assert_close(folders[0], folders[2])
+    assert_close(folders[0], folders[2], TOLERANCE)
 
 
 def test_logits_in_chunks_of_which_processes_have_unequal_numbers(tmp_path, rlhf):
@@ -232,7 +197,7 @@ def test_logits_in_chunks_of_which_processes_have_unequal_numbers(tmp_path, rlhf
         assert done.returncode == 0, done.stdout + done.stderr
     for stage in STAGES:
         one, two = (tmp_path / "runs" / name / stage / "artifact" for name in ("one", "two"))
-        assert_close(one, two)
+        assert_close(one, two, TOLERANCE)
 
 
 def test_a_type_that_deepspeed_does_not_step_is_refused(tmp_path, rlhf):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.distributed.conftest import NEEDS_DEEPSPEED
 from tests.tiny_chain import ROOT, rlhf, rows, write_config
 
 pytestmark = pytest.mark.slow
@@ -25,8 +26,15 @@ def score(completions, **rest):
 """
 
 
-@pytest.fixture(params=["cpu2", "fsdp2"])
-def two(request, tmp_path, monkeypatch):
+@pytest.fixture(
+    params=[
+        "cpu2",
+        "fsdp2",
+        pytest.param("deepspeed-zero2", marks=NEEDS_DEEPSPEED),
+        pytest.param("deepspeed-zero3", marks=NEEDS_DEEPSPEED),
+    ]
+)
+def two(request, tmp_path, monkeypatch, deepspeed_builds):
     write_config(tmp_path)
     monkeypatch.chdir(tmp_path)
     rlhf("sft", "run.name=parents")
@@ -36,6 +44,7 @@ def two(request, tmp_path, monkeypatch):
         command = [sys.executable, "-m", "stages", "ppo", "c.yaml", "--from", "runs/parents"]
         launch = ["--launch", request.param, *(["--processes", "2"] * (request.param != "cpu2"))]
         environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "300"}
+        environment |= deepspeed_builds
         return subprocess.run(
             [*command, *arguments, "ppo.held_out.every=10", *launch], cwd=tmp_path,
             env=os.environ | environment | {"FAULTS": faults, "SCORE": score}, capture_output=True,
@@ -49,10 +58,11 @@ def left(stage: Path) -> list[dict]:
     return json.loads((stage / "not_finite.json").read_text())["rows"]
 
 
-def test_a_score_of_one_process_ends_both(two, tmp_path):
+def test_a_score_of_one_process_ends_both(two, tmp_path, request):
     begin = time.monotonic()
     done = two("run.name=r", faults="many")
-    assert time.monotonic() - begin < 60
+    # DeepSpeed's first start builds its extension: the limit of all runs here, 120 s, has to do.
+    assert time.monotonic() - begin < 60 or "deepspeed" in request.node.callspec.id
     assert done.returncode == 2, done.stdout + done.stderr
     assert done.stderr.count("ppo, rollouts of iteration 2: reward score returned nan") == 1
     assert "runs/r/ppo/not_finite.json" in done.stderr and "Traceback" not in done.stderr

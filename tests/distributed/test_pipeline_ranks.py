@@ -5,7 +5,6 @@ processes are added in another order, so that they are not bit-equal.
 """
 
 import json
-import math
 import os
 import signal
 import subprocess
@@ -15,31 +14,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import pyarrow.parquet
 import pytest
-import torch
-from safetensors.torch import load_file
 
-ROOT = Path(__file__).parents[2]
+from tests.tiny_chain import ROOT, assert_close, assert_close_stage, head, rows, samples
+
 # 9 prompts an iteration: 5 and 4 a process; 3 rows a minibatch, of which a process may have none.
 # 5 rankings and 5 demonstrations a step: 3 and 2, with smaller steps at the end of a pass.
-CONFIG = f"""
-run: {{name: one, trackers: [], device: cpu}}
-model:
-  init: config
-  dtype: float64
-  vocabulary_size: 400
-  architecture:
-    {{hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, intermediate_size: 64,
-      max_position_embeddings: 128}}
-lora: {{rank: 4, alpha: 8}}
-data:
-  demonstrations: {{path: "{ROOT}/data/quickstart/demonstrations.jsonl", limit: 60}}
-  rankings: {{path: "{ROOT}/data/quickstart/rankings.jsonl", limit: 40}}
-  prompts: {{path: "{ROOT}/data/quickstart/prompts.jsonl", limit: 60}}
-  held_out_fraction: 0.25
-  max_prompt_tokens: 96
-  max_response_tokens: 24
+CONFIG = f"""{head("one", dtype="float64")}
 sft: {{max_steps: 11, batch_size: 5, micro_batch_tokens: 200, optim: {{learning_rate: 5.0e-3}}}}
 reward:
   {{max_steps: 8, batch_size: 5, micro_batch_tokens: 500, optim: {{learning_rate: 5.0e-3}},
@@ -72,7 +53,6 @@ LAUNCHES = {
     "FSDP2": ["--launch", "fsdp2", "--processes", "2", "run.device=cpu"],
 }
 SLOW = [("lora", "FSDP2"), ("full-shared", "FSDP2"), ("lora-shared", "DDP"), ("full-shared", "DDP")]
-TIMES = ("seconds", "per_second")
 
 
 RLHF = [sys.executable, "-m", "stages"]
@@ -111,36 +91,16 @@ def runs(request, tmp_path_factory):
     return folder / "runs", done[-1].stdout + done[-1].stderr, strategy
 
 
-def rows(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def test_two_processes_compute_what_one_does(runs):
     folder, *_ = runs
     for stage in ("sft", "reward", "ppo"):
-        one, two = (rows(folder / name / stage / "metrics.jsonl") for name in ("one", "two"))
-        assert len(one) == len(two) >= 3
-        for row, other in zip(one, two, strict=True):
-            assert row.keys() == other.keys()
-            for key, number in row.items():
-                if not any(time in key for time in TIMES):
-                    assert math.isclose(number, other[key], rel_tol=1e-9, abs_tol=1e-9), key
-        weights = sorted((folder / "one" / stage / "artifact").rglob("*.safetensors"))
-        assert weights
-        for path in weights:
-            found = load_file(folder / "two" / path.relative_to(folder / "one"))
-            for name, tensor in load_file(path).items():
-                torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-9)
+        assert_close_stage(folder / "one" / stage, folder / "two" / stage)
 
 
 def test_what_is_exported_is_the_same(runs):
     folder, *_ = runs
-    paths = sorted((folder / "one/export").rglob("*.safetensors"))
-    assert any("merged" in path.parts for path in paths)
-    for path in paths:
-        found = load_file(folder / "two" / path.relative_to(folder / "one"))
-        for name, tensor in load_file(path).items():
-            torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-9)
+    assert any("merged" in path.parts for path in (folder / "one/export").rglob("*.safetensors"))
+    assert_close(folder / "one/export", folder / "two/export")
 
 
 def test_memory_is_that_of_one_process(runs):
@@ -169,19 +129,21 @@ def test_the_evaluation_is_divided_and_the_same(runs):
     assert one["policies"]["sft"]["n"] == 5  # 3 and 2 a process
 
 
+def responses(run: Path) -> dict[int, tuple]:
+    """Of each sample of PPO: iteration, prompt ids, response ids, whether it ended."""
+    return {
+        row["sample_index"]: tuple(
+            row[name] for name in ("iteration", "prompt_ids", "response_ids", "ended")
+        )
+        for row in samples(run / "ppo")
+    }
+
+
 def test_rollouts_agree_token_for_token(runs):
     folder, *_ = runs
 
-    def samples(run: str) -> dict[int, tuple]:
-        found = {}
-        for path in sorted((folder / run / "ppo/samples").glob("*.parquet")):
-            for row in pyarrow.parquet.read_table(path).to_pylist():
-                found[row["sample_index"]] = (row["iteration"], row["prompt_ids"],
-                                              row["response_ids"], row["ended"])  # fmt: skip
-        return found
-
-    assert samples("one") == samples("two")
-    assert len(samples("two")) == 3 * 9
+    one, two = (responses(folder / name) for name in ("one", "two"))
+    assert one == two and len(two) == 3 * 9
     assert {path.name[:5] for path in (folder / "two/ppo/samples").iterdir()} == {"rank0", "rank1"}
 
 
@@ -283,4 +245,4 @@ def test_two_killed_processes_go_on_as_if_they_had_not_been(tmp_path, form, stra
     assert done.returncode == 0, done.stdout + done.stderr
     assert "going on after step 2" in done.stdout
     assert "the state is of another number of processes" in done.stdout
-    assert [row["step"] for row in rows(tmp_path / "runs/alone/ppo/metrics.jsonl")] == [0, 1, 2, 3]
+    assert [row["step"] for row in rows(tmp_path / "runs/alone/ppo")] == [0, 1, 2, 3]

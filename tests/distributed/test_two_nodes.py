@@ -6,7 +6,6 @@ namespace: the machine's own network is not touched, and they end with the proce
 """
 
 import json
-import math
 import os
 import shutil
 import signal
@@ -19,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 from tests.distributed.test_pipeline_ranks import (
@@ -27,12 +25,10 @@ from tests.distributed.test_pipeline_ranks import (
     ENVIRONMENT,
     FORMS,
     RLHF,
-    ROOT,
-    TIMES,
     children,
     rlhf,
-    rows,
 )
+from tests.tiny_chain import ROOT, assert_close_stage, rows
 
 INTERFACE = "net0"
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
@@ -141,23 +137,6 @@ def by_two_nodes(nodes: list[Node], folder: Path, *arguments: str, name: str) ->
     return texts
 
 
-def assert_same_stage(one: Path, two: Path) -> None:
-    """Metrics but for times, and weights, of two folders of a stage agree to 1e-9."""
-    rows_of_one, rows_of_two = (rows(folder / "metrics.jsonl") for folder in (one, two))
-    assert len(rows_of_one) == len(rows_of_two) >= 3
-    for row, other in zip(rows_of_one, rows_of_two, strict=True):
-        assert row.keys() == other.keys()
-        for key, number in row.items():
-            if not any(time in key for time in TIMES):
-                assert math.isclose(number, other[key], rel_tol=1e-9, abs_tol=1e-9), key
-    weights = sorted((one / "artifact").rglob("*.safetensors"))
-    assert weights
-    for path in weights:
-        found = load_file(two / path.relative_to(one))
-        for name, tensor in load_file(path).items():
-            torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-9)
-
-
 def wait_for_steps(metrics: Path, count: int, launchers: list[subprocess.Popen[str]]) -> None:
     """Until so many steps are logged."""
     deadline = time.monotonic() + 120
@@ -188,10 +167,10 @@ def test_two_nodes_compute_what_one_process_does(nodes, tmp_path, strategy, form
     received = [node.received() - old for node, old in zip(nodes, before, strict=True)]
     most = {"ddp": 2, "fsdp2": 20}[strategy] * exchanged
     assert all(exchanged < size < most for size in received), (exchanged, received)
-    assert_same_stage(tmp_path / "runs/one/sft", tmp_path / "runs/two/sft")
+    assert_close_stage(tmp_path / "runs/one/sft", tmp_path / "runs/two/sft")
     again = [*settings, "run.name=ppo", "--from", "runs/one"]
     by_two_nodes(nodes, tmp_path, "ppo", *again, name=name)
-    assert_same_stage(tmp_path / "runs/one/ppo", tmp_path / "runs/ppo/ppo")
+    assert_close_stage(tmp_path / "runs/one/ppo", tmp_path / "runs/ppo/ppo")
 
 
 @pytest.mark.slow
@@ -287,4 +266,4 @@ def test_the_slurm_script_stops_and_goes_on(nodes, tmp_path, name):
         text = second.communicate(timeout=150)[0]
     assert second.returncode == 0, text
     assert "going on after step" in text and "queued again" not in text
-    assert len(rows(tmp_path / "runs/one/ppo/metrics.jsonl")) == 31
+    assert len(rows(tmp_path / "runs/one/ppo")) == 31

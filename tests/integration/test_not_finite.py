@@ -12,27 +12,7 @@ from pipeline.runfolder import verify
 from stages.ppo.run import Training, appraise
 from stages.reward.trainer import RankingTrainer
 from stages.sft.trainer import SftTrainer
-from tests.tiny_chain import rlhf, rows, samples, write_config
-
-
-@pytest.fixture(scope="module")
-def parents(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("parents")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        write_config(folder)
-        rlhf("sft", "run.name=parents")
-    return folder
-
-
-@pytest.fixture
-def place(parents, tmp_path, monkeypatch) -> Path:
-    """A folder to run in; `parents` has the SFT model."""
-    write_config(tmp_path)
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs/parents").symlink_to(parents / "runs/parents")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+from tests.tiny_chain import rlhf, rows, samples
 
 
 def left(stage: Path, output: str) -> dict:

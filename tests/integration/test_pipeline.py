@@ -8,7 +8,6 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pyarrow.parquet
 import pytest
@@ -20,25 +19,9 @@ from pipeline.config import DataSection, ModelSection
 from pipeline.models.loading import folder_identity
 from pipeline.models.store import ModelStore
 from stages.cli import app
+from tests.tiny_chain import ROOT, head, rows
 
-ROOT = Path(__file__).parents[2]
-CONFIG = f"""
-run: {{name: whole, trackers: []}}
-model:
-  init: config
-  dtype: float64
-  vocabulary_size: 400
-  architecture:
-    {{hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, intermediate_size: 64,
-      max_position_embeddings: 128}}
-lora: {{rank: 4, alpha: 8}}
-data:
-  demonstrations: {{path: "{ROOT}/data/quickstart/demonstrations.jsonl", limit: 80}}
-  rankings: {{path: "{ROOT}/data/quickstart/rankings.jsonl", limit: 60}}
-  prompts: {{path: "{ROOT}/data/quickstart/prompts.jsonl", limit: 60}}
-  held_out_fraction: 0.25
-  max_prompt_tokens: 96
-  max_response_tokens: 24
+CONFIG = f"""{head("whole", dtype="float64", limits=(80, 60, 60))}
 sft: {{max_steps: 6, batch_size: 8, optim: {{learning_rate: 5.0e-3}}}}
 reward:
   {{tuning: lora, max_steps: 4, batch_size: 8, optim: {{learning_rate: 5.0e-3}},
@@ -54,8 +37,6 @@ evaluation:
 export: {{merged: true}}
 """
 STAGES = ("sft", "reward", "ppo", "evaluate", "export")
-# What a second run of the same thing may differ in.
-TIMES = ("seconds", "per_second")
 
 
 def rlhf(*arguments: object) -> str:
@@ -84,19 +65,11 @@ def inside(folder, monkeypatch):
     return folder
 
 
-def metrics(run: Path, stage: str) -> list[dict]:
-    rows = [json.loads(line) for line in (run / stage / "metrics.jsonl").read_text().splitlines()]
-    return [
-        {key: value for key, value in row.items() if not any(time in key for time in TIMES)}
-        for row in rows
-    ]
-
-
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
 def test_stage_by_stage_gives_the_same_numbers_as_one_process(folder, stage):
     whole, single = folder / "runs/whole", folder / "runs/single"
-    assert len(metrics(whole, stage)) >= 3
-    assert metrics(whole, stage) == metrics(single, stage)
+    assert len(rows(whole / stage)) >= 3
+    assert rows(whole / stage) == rows(single / stage)
     weights = sorted((whole / stage / "artifact").rglob("*.safetensors"))
     assert weights
     for path in weights:
@@ -140,7 +113,7 @@ def test_another_run_takes_over_what_is_unchanged(inside):
     output = rlhf("run", "c.yaml", "run.name=gentle", "ppo.kl_coef=0.3", "--from", "runs/whole")
     assert "sft: finished, taken over from runs/whole/sft" in output
     assert "reward: finished, taken over" in output
-    assert metrics(inside / "runs/gentle", "ppo") != metrics(inside / "runs/whole", "ppo")
+    assert rows(inside / "runs/gentle/ppo") != rows(inside / "runs/whole/ppo")
 
 
 def test_a_changed_reward_takes_the_middle_of_the_chain_out(inside):
@@ -197,7 +170,7 @@ def test_accelerate_launches_a_stage(inside):
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         timeout=280,
     )
-    assert metrics(inside / "runs/launched", "ppo")[-1]["kl_coef"] == 0.2
+    assert rows(inside / "runs/launched/ppo")[-1]["kl_coef"] == 0.2
 
 
 @pytest.mark.slow

@@ -2,8 +2,9 @@
 
 import json
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from pipeline.errors import ConfigError, TrainingError
+from pipeline.resume import States
 from pipeline.stage import Context
 from stages.ppo.run import PpoStage
 from tests.integration.test_ppo_reward_rises import make_context
@@ -89,6 +91,49 @@ def test_a_server_that_dies_stops_the_stage_and_names_the_best_policy(tmp_path: 
         PpoStage().run(context)
     assert str(context.folder.checkpoints / "step-0") in str(caught.value)
     assert list((context.folder.root / "adapters").iterdir()) == []
+
+
+def nan_once() -> Callable[[dict[str, Any]], None]:
+    """Spoils one answer of iteration 2, after 8 of the first evaluation and 32 of iteration 1."""
+    answers = [0]
+
+    def spoil(choice: dict[str, Any]) -> None:
+        answers[0] += 1
+        if answers[0] == 8 + 32 + 3:
+            choice["logprobs"]["token_logprobs"][-1] = None  # NaN in vLLM's JSON
+
+    return spoil
+
+
+def test_log_probs_that_are_not_finite_leave_their_rows(tmp_path: Path) -> None:
+    with (
+        served(tmp_path, 4, {"spoil": nan_once()}) as (context, stand_in),
+        pytest.raises(
+            TrainingError, match=r"ppo, rollouts of iteration 2: the log-probs from http\S+ are not"
+        ) as caught,
+    ):
+        PpoStage().run(context)
+    path = context.folder.root / "not_finite.json"
+    assert str(path) in str(caught.value) and "best policy so far" in str(caught.value)
+    found = json.loads(path.read_text())
+    assert (found["what"], found["place"]) == ("logprobs", "rollouts of iteration 2")
+    (row,) = found["rows"]
+    assert 32 <= row["sample_index"] < 64 and row["prompt"] and row["origin"]
+    assert row["logprobs"][-1] == "nan" and len(row["response"]) > 0
+    assert stand_in.loaded == {}
+
+
+def test_log_probs_that_are_not_finite_lead_back(tmp_path: Path) -> None:
+    stop = {"action": "roll_back"}
+    with served(tmp_path, 3, {"spoil": nan_once()}, stop=stop) as (context, stand_in):
+        states = States(context.folder, "key", {}, context.runtime)
+        summary = PpoStage().run(replace(context, states=states))
+    assert summary["rollbacks"] == 1
+    # Back to the start: what the server samples from there on is again the policy, as each
+    # version's comparison of its log-probs says.
+    assert [row["step"] for row in rows_of(context)] == [0, 1, 2, 3]
+    names = [body["lora_name"] for body in stand_in.asked("/v1/load_lora_adapter")]
+    assert len(set(names)) == len(names)
 
 
 def test_no_server_is_an_error_before_anything_is_trained(tmp_path: Path) -> None:

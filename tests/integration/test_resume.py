@@ -12,24 +12,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.runfolder import MANIFEST
+from tests.tiny_chain import ROOT, assert_same, head, rows
 
-ROOT = Path(__file__).parents[2]
-CONFIG = f"""
-run: {{name: whole, trackers: [], device: cpu}}
-model:
-  init: config
-  vocabulary_size: 400
-  architecture:
-    {{hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, intermediate_size: 64,
-      max_position_embeddings: 128}}
-lora: {{rank: 4, alpha: 8}}
-data:
-  demonstrations: {{path: "{ROOT}/data/quickstart/demonstrations.jsonl", limit: 60}}
-  rankings: {{path: "{ROOT}/data/quickstart/rankings.jsonl", limit: 40}}
-  prompts: {{path: "{ROOT}/data/quickstart/prompts.jsonl", limit: 60}}
-  held_out_fraction: 0.25
-  max_prompt_tokens: 96
-  max_response_tokens: 24
+CONFIG = f"""{head("whole")}
 sft:
   {{max_steps: 12, batch_size: 5, checkpoint_every: 3, log_every: 1, eval_every: 2,
     optim: {{learning_rate: 5.0e-3, schedule: cosine, warmup_fraction: 0.3}}}}
@@ -56,7 +41,6 @@ FORMS = {
 }
 UPDATE = "stages.ppo.run:Training.update"
 COMPLETE, TENSORS = "pipeline.resume:write_manifest", "pipeline.resume:State.write"
-TIMES = ("seconds", "per_second")
 FINISH = "stages.ppo.checkpoints:Checkpoints.finish"
 
 
@@ -97,20 +81,6 @@ def whole(folder):
         return made[form]
 
     return make
-
-
-def assert_same(run: Path, whole: Path) -> None:
-    def metrics(path: Path) -> list[dict]:
-        rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-        return [{k: v for k, v in row.items() if not any(t in k for t in TIMES)} for row in rows]
-
-    assert metrics(run) == metrics(whole)
-    names = {p.relative_to(whole) for p in whole.rglob("*") if p.is_file()}
-    assert names == {p.relative_to(run) for p in run.rglob("*") if p.is_file()}
-    same = [n for n in names if n.suffix in (".safetensors", ".parquet") or n.stem == "texts"]
-    assert len(same) >= 1
-    for name in same:
-        assert (run / name).read_bytes() == (whole / name).read_bytes(), name
 
 
 @pytest.mark.parametrize(
@@ -237,8 +207,7 @@ def test_another_configuration_is_refused_or_asked_for(killed):
     assert (run / "checkpoints/state-4" / MANIFEST).exists()
     done = again("ppo.kl_coef=0.2", "--allow-changes")
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == list(range(7))
+    assert [row["step"] for row in rows(run)] == list(range(7))
 
 
 FULL_DISK = """

@@ -2,35 +2,15 @@
 
 import json
 import math
-import shutil
 
 import pytest
 
 from pipeline.not_finite import NotFinite
 from stages.ppo.run import Training
 from stages.ppo.update import Updater
-from tests.tiny_chain import Killed, assert_same, rlhf, rows, samples, states, write_config
+from tests.tiny_chain import Killed, assert_same, rlhf, rows, samples, states
 
 PPO = ["--from", "runs/parents", "ppo.stop.action=roll_back", "ppo.kl.controller=adaptive"]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("roll_back")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        write_config(folder)
-        rlhf("sft", "run.name=parents")
-    return folder
-
-
-@pytest.fixture
-def place(folder, monkeypatch):
-    monkeypatch.chdir(folder)
-    for path in (folder / "runs").iterdir():
-        if path.name != "parents":
-            shutil.rmtree(path)
-    return folder / "runs"
 
 
 @pytest.fixture
@@ -70,16 +50,16 @@ def test_numbers_that_are_not_finite_lead_back_to_the_newest_state(place, fails)
         "ppo goes back to iteration 4, with learning rates times 0.5 (roll-back 1 of 2): ppo: "
         "policy_loss is not finite in iteration 5" in output
     )
-    assert json.loads((place / "r/ppo/not_finite.json").read_text())["rows"]
-    found = rows(place / "r/ppo")
+    assert json.loads((place / "runs/r/ppo/not_finite.json").read_text())["rows"]
+    found = rows(place / "runs/r/ppo")
     assert [row["step"] for row in found] == list(range(7))  # cut back: each iteration once
     assert [row["rollbacks"] for row in found[1:]] == [0, 0, 0, 0, 1, 1]
     rates = [row["learning_rate_policy"] for row in found[1:]]
     # The schedule falls linearly from 2e-2 at iteration 1 to 0 at 7; halved after the roll-back.
     expected = [2e-2 * (6 - n) / 6 * (0.5 if n >= 4 else 1) for n in range(6)]
     assert rates == pytest.approx(expected, rel=1e-12)
-    assert [s["sample_index"] for s in samples(place / "r/ppo")] == list(range(24))
-    manifest = json.loads((place / "r/ppo/artifact/manifest.json").read_text())
+    assert [s["sample_index"] for s in samples(place / "runs/r/ppo")] == list(range(24))
+    manifest = json.loads((place / "runs/r/ppo/artifact/manifest.json").read_text())
     assert manifest["summary"]["rollbacks"] == 1 and "stopped" not in manifest["summary"]
 
 
@@ -97,7 +77,7 @@ def test_a_state_that_cannot_be_sampled_from_is_not_gone_back_to(place, fails, m
     output = rlhf("ppo", "run.name=r", *PPO, "ppo.checkpoint_every=1")
     assert "ppo goes back to iteration 4, with learning rates times 0.5 (roll-back 1" in output
     assert "ppo goes back to iteration 3, with learning rates times 0.5 (roll-back 2" in output
-    assert [row["step"] for row in rows(place / "r/ppo")] == list(range(7))
+    assert [row["step"] for row in rows(place / "runs/r/ppo")] == list(range(7))
 
 
 def test_what_it_goes_back_to_is_the_state_and_nothing_of_after(place, fails):
@@ -115,12 +95,12 @@ def test_what_it_goes_back_to_is_the_state_and_nothing_of_after(place, fails):
         rlhf("ppo", "run.name=other", *PPO)
     fields = ("kl", "score", "kl_coef", "policy_loss", "learning_rate_value", "held_out_reward")
     both = [
-        [{name: row.get(name) for name in fields} for row in rows(place / name / "ppo")]
+        [{name: row.get(name) for name in fields} for row in rows(place / "runs" / name / "ppo")]
         for name in ("r", "other")
     ]
     assert both[0] == both[1]
-    assert samples(place / "r/ppo") == samples(place / "other/ppo")
-    texts = [(place / name / "ppo/texts.jsonl").read_text() for name in ("r", "other")]
+    assert samples(place / "runs/r/ppo") == samples(place / "runs/other/ppo")
+    texts = [(place / "runs" / name / "ppo/texts.jsonl").read_text() for name in ("r", "other")]
     assert texts[0] == texts[1]
 
 
@@ -144,15 +124,15 @@ def test_a_killed_run_that_rolled_back_goes_on_as_if_it_had_not_been(
         with pytest.raises(Killed):
             rlhf("ppo", "run.name=r", *more)
     assert f"going on after step {step}" in rlhf("ppo", "run.name=r", *more)
-    assert_same(place / "r/ppo", place / "whole/ppo")
+    assert_same(place / "runs/r/ppo", place / "runs/whole/ppo")
 
 
 def test_before_the_first_state_it_goes_back_to_the_start(place, fails):
     fails(1, times=2)
     output = rlhf("ppo", "run.name=r", *PPO)
     assert output.count("ppo goes back to iteration 0") == 2
-    assert [row["step"] for row in rows(place / "r/ppo")] == list(range(7))
-    assert [row["rollbacks"] for row in rows(place / "r/ppo")[1:]] == [2] * 6
+    assert [row["step"] for row in rows(place / "runs/r/ppo")] == list(range(7))
+    assert [row["rollbacks"] for row in rows(place / "runs/r/ppo")[1:]] == [2] * 6
 
 
 def test_after_the_last_roll_back_it_ends_as_it_would_without(place, fails):
@@ -161,7 +141,7 @@ def test_after_the_last_roll_back_it_ends_as_it_would_without(place, fails):
     assert output.count("ppo goes back to iteration 4") == 1
     assert "error: ppo: policy_loss is not finite in iteration 5" in output
     assert "The best policy so far (iteration" in output
-    assert states(place / "r/ppo") == ["state-2", "state-4"]
+    assert states(place / "runs/r/ppo") == ["state-2", "state-4"]
 
 
 def test_a_broken_rule_leads_back_and_no_suspect_state_is_kept(place, monkeypatch):
@@ -186,7 +166,7 @@ def test_a_broken_rule_leads_back_and_no_suspect_state_is_kept(place, monkeypatc
     # of state 2, which goes too.
     assert "ppo goes back to iteration 1, with learning rates times 0.5 (roll-back 1" in output
     assert "KL 1000 nats a response > ppo.stop.max_kl = 100, in 3 iterations in a row" in output
-    assert [row["rollbacks"] for row in rows(place / "r/ppo")[1:]] == [0, 1, 1, 1, 1, 1]
+    assert [row["rollbacks"] for row in rows(place / "runs/r/ppo")[1:]] == [0, 1, 1, 1, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -199,8 +179,8 @@ def test_a_real_divergence(place, action, rule):
     arguments = [f"ppo.stop.{setting}" for setting in [*settings, f"action={action}"]]
     arguments += ["ppo.optim.learning_rate=0.1", "ppo.tuning=full", "ppo.checkpoint_every=1"]
     output = rlhf("ppo", "run.name=r", "--from", "runs/parents", *arguments)
-    steps = [row["step"] for row in rows(place / "r/ppo")]
-    summary = json.loads((place / "r/ppo/artifact/manifest.json").read_text())["summary"]
+    steps = [row["step"] for row in rows(place / "runs/r/ppo")]
+    summary = json.loads((place / "runs/r/ppo/artifact/manifest.json").read_text())["summary"]
     setting = f"ppo.stop.{rule.partition('=')[0]}"
     if action == "stop":
         assert "ppo stopped after iteration" in output and setting in summary["stopped"]
@@ -210,7 +190,7 @@ def test_a_real_divergence(place, action, rule):
         assert steps == list(range(7)) and "stopped" not in summary
         # The state that came right before the first sign is not it: its policy gave the sign.
         back = int(output.partition("ppo goes back to iteration ")[2].partition(",")[0])
-        assert [row["rollbacks"] for row in rows(place / "r/ppo")[1:]].index(1) == back
+        assert [row["rollbacks"] for row in rows(place / "runs/r/ppo")[1:]].index(1) == back
     assert summary["kept_iteration"] == summary["best_iteration"]
 
 

@@ -13,6 +13,7 @@ from pipeline.generation import NativeEngine
 from pipeline.generation.json_http import JsonServer, ServerFault
 from pipeline.generation.vllm import read_answer
 from pipeline.models.trunk import Handle
+from pipeline.not_finite import NotFinite
 from stages.config import RunConfig
 from stages.ppo.config import PpoSection
 from tests.tiny_vllm import GREEDY, PROMPTS, engine_of, make_policy
@@ -189,9 +190,7 @@ def spoilt(key: str, value: Any) -> Any:
     ("spoil", "message"),
     [
         (spoilt("token_logprobs", lambda found: found[:-1]), "7 log-probs for 8 tokens"),
-        (spoilt("token_logprobs", lambda found: [math.nan, *found[1:]]), "not finite"),
-        (spoilt("token_logprobs", lambda found: [None, *found[1:]]), "not finite"),
-        (spoilt("token_logprobs", lambda found: [-9999.0, *found[1:]]), "not finite"),
+        (spoilt("token_logprobs", lambda found: ["-1", *found[1:]]), "no numbers: .'-1'"),
         (spoilt("logprobs", None), "vLLM 0.10.2 or newer"),
         (spoilt("token_ids", None), "0 tokens where 1 to 8 were asked for"),
         (spoilt("token_ids", lambda found: [*found, 5]), "9 tokens where 1 to 8"),
@@ -208,6 +207,32 @@ def test_answers_that_are_no_samples_are_refused(
     with pytest.raises(TrainingError, match=message) as caught:
         engine_of(server, tmp_path).generate(policy, PROMPTS, range(5), GREEDY)
     assert server.url in str(caught.value) and "for sample 0" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("sent", "read"),
+    [(math.nan, "nan"), (None, "nan"), (-9999.0, "-inf"), (-math.inf, "-inf"), (math.inf, "inf")],
+)
+def test_log_probs_that_are_not_finite_name_their_rows(
+    sent: float | None, read: str, policy: Handle, server: StandIn, tmp_path: Path
+) -> None:
+    calls: list[list[int]] = []  # one request at a time
+
+    def spoil(choice: dict[str, Any]) -> None:
+        calls.append(choice["token_ids"])
+        if len(calls) in (2, 4):
+            choice["logprobs"]["token_logprobs"][3] = sent
+
+    server.spoil = spoil
+    engine = engine_of(server, tmp_path, rows=1)
+    with pytest.raises(NotFinite, match="for 2 of 5 samples, the first of them sample 11") as found:
+        engine.generate(policy, PROMPTS, range(10, 15), GREEDY)
+    assert server.url in str(found.value) and found.value.what == "logprobs"
+    assert [row["row"] for row in found.value.rows] == [1, 3]
+    for row in found.value.rows:
+        assert row["response"] == policy.codec.text(calls[row["row"]])
+        assert [n for n, x in enumerate(row["logprobs"]) if not math.isfinite(x)] == [3]
+        assert str(row["logprobs"][3]) == read
 
 
 def answer(ids: list[int], reason: str = "length") -> dict[str, Any]:
