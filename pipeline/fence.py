@@ -1,6 +1,6 @@
 """What keeps a library trainer from leaving traces in a model, and the best weights for later."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.distributed.sharding import Part, is_sharded, local, rows_like
+from pipeline.saved_rows import Saved
 
 
 @contextmanager
@@ -55,7 +56,7 @@ class BestWeights:
             for i, (saved, parameter) in enumerate(pairs)
         }
 
-    def load(self, tensors: Mapping[str, Tensor], step: int) -> None:
+    def load(self, tensors: Saved, step: int) -> None:
         """Go back to the copy of a state."""
         self.step = step
         self.saved = [

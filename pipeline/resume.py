@@ -11,7 +11,6 @@ import random
 import shutil
 import threading
 import time
-from collections import ChainMap
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from copy import deepcopy
@@ -35,21 +34,21 @@ from pipeline.runfolder import (
     write_text_atomic,
     writing,
 )
+from pipeline.saved_rows import rows_path, saved_rows
 
 if TYPE_CHECKING:
     from pipeline.distributed import Runtime
     from pipeline.runfolder import StageFolder
 
 PREFIX = "state-"
-ROWS = "rows-"
 KEPT_STATES = 2
 
 
 @dataclass(frozen=True)
 class State:
-    """Named tensors, and what JSON can hold."""
+    """Named tensors, and what JSON can hold. Sharded tensors that were read are still in files."""
 
-    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    tensors: Mapping[str, Any] = field(default_factory=dict)
     numbers: Mapping[str, Any] = field(default_factory=dict)
 
     def write(self, stem: Path) -> None:
@@ -77,24 +76,6 @@ def _write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     from safetensors.torch import save_file
 
     save_file({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, path)
-
-
-class Rows(dict[str, Tensor]):
-    """Tensors of which each process left its rows in a state: whole, read when they are asked for.
-
-    However many processes there were, and whether the reader's own are sharded.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        from safetensors import safe_open
-
-        paths = folder.glob(f"{ROWS}*.safetensors")
-        ranks = sorted(paths, key=lambda path: int(path.stem.removeprefix(ROWS)))
-        self.files = [safe_open(path, framework="pt") for path in ranks]
-        super().__init__(dict.fromkeys(self.files[0].keys() if self.files else ()))
-
-    def __getitem__(self, name: str) -> Tensor:
-        return torch.cat([file.get_tensor(name) for file in self.files])
 
 
 @dataclass(frozen=True)
@@ -151,7 +132,7 @@ class States:
             if is_main:
                 State(whole, run.numbers).write(folder / "run")
             if rows:
-                _write_tensors(rows, folder / f"{ROWS}{self.runtime.rank}.safetensors")
+                _write_tensors(rows, rows_path(folder, self.runtime.rank))
             own.write(folder / f"rank-{self.runtime.rank}")
 
         def complete() -> None:
@@ -194,7 +175,7 @@ class States:
         if ranks == self.runtime.world_size:
             own = State.read(folder / f"rank-{self.runtime.rank}")
         run = State.read(folder / "run")
-        return Resumed(step, State(ChainMap(dict(run.tensors), Rows(folder)), run.numbers), own)
+        return Resumed(step, State({**run.tensors, **saved_rows(folder)}, run.numbers), own)
 
     def forget_after(self, step: int) -> None:
         """Remove the states of later steps, if there is an earlier one to go back to."""

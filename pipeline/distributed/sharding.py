@@ -12,10 +12,13 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from pipeline.saved_rows import SavedRows, stretch
 
 
 class Shards:
@@ -145,19 +148,18 @@ def whole(x: Any) -> Tensor:
     return found
 
 
-def rows_like(full: Tensor, like: Any) -> Tensor:
+def rows_like(full: Tensor | SavedRows, like: Any) -> Tensor:
     """The rows of `full` of which `like` has its own here; all of them if it is not sharded.
 
     `full` may be flat: ZeRO's processes each leave a stretch in a state.
     """
     if not is_sharded(like):
-        return full.reshape(like.shape)
+        return stretch(full, 0, like.numel()).reshape(like.shape)
     if hasattr(like, "rows_of"):  # ZeRO-3's
         rows: Tensor = like.rows_of(full)
         return rows
-    from torch.distributed.tensor import distribute_tensor
-
-    # Without a source rank nothing is sent: every process has all of `full`.
-    full = full.reshape(like.shape).to(like.device)
-    laid = distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None)
-    return local(laid)
+    # FSDP2 deals rows out as `torch.chunk` does: as many to each, the last ones fewer or none.
+    own = local(like)
+    each = -(-like.shape[0] // like.device_mesh.size())
+    start = min(like.device_mesh.get_local_rank() * each, like.shape[0]) * prod(like.shape[1:])
+    return stretch(full, start, start + own.numel()).reshape(own.shape).to(own.device)

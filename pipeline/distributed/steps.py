@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pipeline.distributed.sharding import whole
 from pipeline.distributed.training_tensors import restore_training_tensors, training_tensors
+from pipeline.saved_rows import Saved
 
 if TYPE_CHECKING:
     from pipeline.distributed.runtime import Runtime
@@ -107,7 +108,7 @@ class Steps:
         """What training changes: weights by name, and the optimiser's numbers of each."""
         return training_tensors(self.trained, self.optimiser)
 
-    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+    def restore(self, tensors: Saved) -> None:
         """Go back to what `tensors` found, in this strategy or another."""
         restore_training_tensors(tensors, self.trained, self.optimiser)
 

@@ -1,6 +1,6 @@
 """What an optimiser trains, as named tensors: the same names in every strategy."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from pipeline.distributed.sharding import local, rows_like, shape
 from pipeline.errors import CheckpointError
+from pipeline.saved_rows import Saved, SavedRows
 
 
 def training_tensors(
@@ -24,7 +25,7 @@ def training_tensors(
 
 @torch.no_grad()
 def restore_training_tensors(
-    tensors: Mapping[str, Tensor], trained: Iterable[tuple[str, nn.Parameter]], optimiser: Any
+    tensors: Saved, trained: Iterable[tuple[str, nn.Parameter]], optimiser: Any
 ) -> None:
     """Set weights and the optimiser's numbers to what `training_tensors` found."""
     trained = list(trained)
@@ -38,9 +39,9 @@ def restore_training_tensors(
         optimiser.state[parameter] = {what: _laid_like(x, parameter) for what, x in kept.items()}
 
 
-def _laid_like(full: Tensor, parameter: nn.Parameter) -> Tensor:
+def _laid_like(full: Tensor | SavedRows, parameter: nn.Parameter) -> Tensor:
     """A number of the optimiser's where its parameter lies; a step count is a scalar."""
-    if full.dim() == 0:
+    if not isinstance(full, SavedRows) and full.dim() == 0:
         return full.to(parameter.device)
     laid = torch.empty_like(parameter, dtype=full.dtype, requires_grad=False)
     local(laid).copy_(rows_like(full, parameter))
@@ -48,8 +49,8 @@ def _laid_like(full: Tensor, parameter: nn.Parameter) -> Tensor:
 
 
 def fitting_weight(
-    tensors: Mapping[str, Tensor], numbers: set[str], name: str, parameter: nn.Parameter
-) -> Tensor:
+    tensors: Saved, numbers: set[str], name: str, parameter: nn.Parameter
+) -> Tensor | SavedRows:
     """The weight in a state; what a state lacks would go on from zero, without a word.
 
     A weight not trained yet (the policy's, while the value warms up) has no numbers at all.

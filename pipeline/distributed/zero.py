@@ -9,7 +9,7 @@ the norm of a group of parameters before the step, and what each process has of 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from pipeline.distributed.steps import Steps, named_groups, trained
 from pipeline.distributed.training_tensors import fitting_weight
 from pipeline.distributed.zero_shards import Engine, ZeroShards
 from pipeline.errors import ConfigError
+from pipeline.saved_rows import Saved, SavedRows, stretch
 
 if TYPE_CHECKING:
     from pipeline.distributed.runtime import Runtime
@@ -145,7 +146,7 @@ class ZeroSteps(Steps, ABC):
         return found
 
     @torch.no_grad()
-    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+    def restore(self, tensors: Saved) -> None:
         """Go back to what `tensors` found, in this strategy or another."""
         for flat in (flat for flats in self.flats for flat in flats):
             self.adam.state[flat] = {
@@ -162,7 +163,7 @@ class ZeroSteps(Steps, ABC):
                 if f"{what}/{name}" not in tensors:
                     continue
                 full = tensors[f"{what}/{name}"]
-                if value.dim() == 0:
+                if not isinstance(full, SavedRows) and full.dim() == 0:
                     value.copy_(full)
                 else:
                     self._piece(parameter, what).copy_(self._own(parameter, full))
@@ -200,7 +201,7 @@ class ZeroSteps(Steps, ABC):
         """What is here of a parameter's float32 weights, or of a number of its optimiser; flat."""
 
     @abstractmethod
-    def _own(self, parameter: nn.Parameter, full: Tensor) -> Tensor:
+    def _own(self, parameter: nn.Parameter, full: Tensor | SavedRows) -> Tensor:
         """The same piece of a whole tensor."""
 
     @abstractmethod
@@ -241,12 +242,13 @@ class Zero2Steps(ZeroSteps):
         found: Tensor = place.get_hp_fragment(what)
         return found
 
-    def _own(self, parameter: nn.Parameter, full: Tensor) -> Tensor:
+    def _own(self, parameter: nn.Parameter, full: Tensor | SavedRows) -> Tensor:
         place: Any = getattr(parameter, "_hp_mapping", None)
         if place is None:
             return torch.empty(0, device=parameter.device)
         address = place.lp_fragment_address
-        return full.flatten().narrow(0, address.start, address.numel).to(parameter.device)
+        own = stretch(full, address.start, address.start + address.numel)
+        return own.to(parameter.device)
 
     def _publish(self) -> None:
         self.zero.update_lp_params()
@@ -300,7 +302,7 @@ class Zero3Steps(ZeroSteps):
         rows: Any = parameter
         return found[: rows.to_local().numel()]  # without padding
 
-    def _own(self, parameter: nn.Parameter, full: Tensor) -> Tensor:
+    def _own(self, parameter: nn.Parameter, full: Tensor | SavedRows) -> Tensor:
         rows: Any = parameter
         own: Tensor = rows.rows_of(full)
         return own

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.distributed.sharding import most
+from pipeline.saved_rows import SavedRows, stretch
 
 
 class ZeroShards:
@@ -153,10 +154,10 @@ def _full_tensor(parameter: Any) -> Tensor:
     return found[: parameter.ds_numel].view(parameter.ds_shape)
 
 
-def _rows_of(parameter: Any, full: Tensor) -> Tensor:
+def _rows_of(parameter: Any, full: Tensor | SavedRows) -> Tensor:
     own, rank = _to_local(parameter), torch.distributed.get_rank()
-    start = min(rank * parameter.ds_tensor.numel(), full.numel())
-    return full.flatten().narrow(0, start, own.numel()).to(own.device)
+    start = rank * parameter.ds_tensor.numel()
+    return stretch(full, start, start + own.numel()).to(own.device)
 
 
 @contextmanager

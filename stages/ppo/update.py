@@ -7,7 +7,7 @@ apart: a large value error never shrinks the policy's step.
 """
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor
 from pipeline.batches import TokenBatch, micro_batches
 from pipeline.distributed import Runtime
 from pipeline.out_of_memory import halving, release_freed_memory
+from pipeline.saved_rows import Saved
 from pipeline.tensors import masked_sum
 from stages.ppo.actor_critic import ActorCritic
 from stages.ppo.config import PpoOptimSection
@@ -136,7 +137,7 @@ class Updater:
         """What training changes: weights, and the optimiser's numbers of each."""
         return self.steps.tensors()
 
-    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+    def restore(self, tensors: Saved) -> None:
         """Go back to a `state`."""
         self.steps.restore(tensors)
 
