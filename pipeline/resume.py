@@ -59,12 +59,21 @@ class State:
 
     @classmethod
     def read(cls, stem: Path) -> "State":
-        """What `write` left."""
+        """What `write` left.
+
+        Raises:
+            CheckpointError: a file of the two is not there, and no manifest named it.
+        """
         from safetensors.torch import load_file
 
-        return cls(
-            load_file(stem.with_suffix(".safetensors")), read_json(stem.with_suffix(".json"))
-        )
+        try:
+            tensors = load_file(stem.with_suffix(".safetensors"))
+            return cls(tensors, read_json(stem.with_suffix(".json")))
+        except FileNotFoundError as error:
+            raise CheckpointError(
+                f"{stem.parent} is no state that this software wrote: {error}. Remove it to go on "
+                "from an older one"
+            ) from error
 
     @property
     def size(self) -> int:

@@ -200,6 +200,20 @@ def test_logits_in_chunks_of_which_processes_have_unequal_numbers(tmp_path, rlhf
         assert_close(one, two, TOLERANCE)
 
 
+def test_bfloat16_weights_beside_a_head_of_float32_are_refused_by_zero_3_alone(tmp_path, rlhf):
+    """ZeRO-3 flattens all that it steps as one type."""
+    launches = make(tmp_path)
+    full = ["model.dtype=bfloat16", "sft.tuning=full", "reward.tuning=full", "reward.max_steps=2"]
+    made = rlhf(tmp_path, "sft", "c.yaml", *full, *launches["ZeRO-3"])  # it has no head
+    assert made.returncode == 0, made.stdout + made.stderr
+    done = rlhf(tmp_path, "reward", "c.yaml", *full, *launches["ZeRO-3"])
+    assert done.returncode == 2
+    assert "they are bfloat16 and float32 (heads are of float32): set model.dtype" in done.stderr
+    assert "Traceback" not in done.stderr
+    done = rlhf(tmp_path, "reward", "c.yaml", *full, *launches["ZeRO-2"])
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_a_type_that_deepspeed_does_not_step_is_refused(tmp_path, rlhf):
     launches = make(tmp_path)
     done = rlhf(tmp_path, "sft", "c.yaml", "model.dtype=float64", *launches["ZeRO-2"])
