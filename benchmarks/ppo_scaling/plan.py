@@ -193,7 +193,8 @@ def working(job: Job, cluster: Cluster, strategy: Strategy) -> dict[str, float]:
       before the backward pass begins, since many processes take one pass for both;
     - with `fsdp2` in both: two gathered layers, and embeddings and output layer;
     - float32 weights under autocast: bfloat16 copies of the trained models' weights, which autocast
-      keeps until it is left.
+      keeps until it is left; with `fsdp2`, which casts layers before it gathers them, of the output
+      layer alone.
     """
     model = job.model
     rows = min(job.rows(cluster), job.generation_rows)
@@ -211,20 +212,25 @@ def working(job: Job, cluster: Cluster, strategy: Strategy) -> dict[str, float]:
         scoring += layer_by_layer(job)
         update += layer_by_layer(job)
     if job.tuning == "full" and job.weight_bytes == FP32:
-        copies = BF16 * model.weights
+        copies = BF16 * (model.output if strategy == "fsdp2" else model.weights)
         rollout, scoring, update = rollout + copies, scoring + 2 * copies, update + 2 * copies
     return {"rollout": rollout, "scoring": scoring, "update": update}
 
 
 def whole(job: Job) -> float:
-    """Bytes of a trunk with all its layers gathered: the adapters of all four roles lie in them."""
-    adapters = 4 * FP32 * job.model.adapter(job.rank) if job.tuning == "lora" else 0
-    return job.base_bytes * job.model.weights + adapters
+    """Bytes of a trunk with all its layers gathered: the adapters of all four roles lie in them.
+
+    Passes are in bfloat16, and layers are cast before they are gathered.
+    """
+    model = job.model
+    layers = model.layers * model.layer
+    adapters = 4 * model.adapter(job.rank) if job.tuning == "lora" else 0
+    return BF16 * (layers + adapters) + job.base_bytes * (model.weights - layers)
 
 
 def layer_by_layer(job: Job) -> float:
     """Bytes gathered at a time otherwise: two layers, embeddings and output layer."""
-    return job.base_bytes * (GATHERED_UNITS * job.model.layer + 2 * job.model.output)
+    return BF16 * GATHERED_UNITS * job.model.layer + job.base_bytes * 2 * job.model.output
 
 
 def peaks(job: Job, cluster: Cluster, strategy: Strategy) -> dict[str, float]:

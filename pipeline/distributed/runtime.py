@@ -113,7 +113,9 @@ class Runtime:
 
     def _shards_of(self, trunk: "Trunk", device: torch.device) -> "Shards | ZeroShards":
         if not self.asked.zero_stage:
-            return sharding.shard(trunk, trunk.units(), device)
+            half = self.run.mixed_precision == "bf16"
+            heads = trunk.heads.values()  # of float32, whatever the base is
+            return sharding.shard(trunk, trunk.layers(), heads, device, half=half)
         from pipeline.distributed import zero_settings, zero_shards
 
         config = zero_settings.engine(self.run, device)

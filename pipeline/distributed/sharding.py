@@ -67,23 +67,47 @@ class Shards:
         """Nothing is held but by the module itself."""
 
 
-def shard(module: nn.Module, units: Iterable[nn.Module], device: torch.device) -> Shards:
+def shard(
+    module: nn.Module,
+    layers: Iterable[nn.Module],
+    heads: Iterable[nn.Module],
+    device: torch.device,
+    *,
+    half: bool,
+) -> Shards:
     """Leave each process its rows of the weights of `module`, in place, on `device`.
 
-    `units` are gathered apart, each for its own pass. What is trainable is fixed by now. Modules
-    that are not on the device yet get there unit by unit.
+    Layers and heads are gathered apart, each for its own pass. What is trainable is fixed by now.
+    Modules that are not on the device yet get there one by one.
+
+    `half`: passes run under autocast to bfloat16. Layers are then cast before they are gathered,
+    which autocast would do after it, with copies that live until the backward pass. Activations
+    between them keep the type that autocast gives them, and gradients are summed in float32.
     """
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     # Nobody writes into what a pass returns.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     settings = {"mesh": _mesh(device.type), **_settings()}
-    apart = list(units)
-    for unit in apart:
-        fully_shard(unit, **settings)
+    as_it_is = MixedPrecisionPolicy()
+    cast = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    layers, heads = list(layers), list(heads)
+    for layer in layers:
+        policy = cast if half and _takes_half(layer, device) else as_it_is
+        fully_shard(layer, mp_policy=policy, **settings)
+    for head in heads:
+        fully_shard(head, **settings)
     # What belongs to no unit stays gathered from a pass to its backward pass (torch's None).
     fully_shard(module, **settings | {"reshard_after_forward": None})
-    return Shards(module, apart, device)
+    return Shards(module, [*layers, *heads], device)
+
+
+def _takes_half(layer: nn.Module, device: torch.device) -> bool:
+    """Whether autocast has the layer's norms in float32 if their weights are bfloat16.
+
+    On GPUs it casts what `layer_norm` is given; on processors `layer_norm` takes no such weights.
+    """
+    return device.type != "cpu" or not any(isinstance(m, nn.LayerNorm) for m in layer.modules())
 
 
 def most(number: int, device: torch.device) -> int:

@@ -31,13 +31,15 @@ class LeanRmsNorm(nn.Module):
         self.variance_epsilon = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalised over the last dimension, in the type of `x`."""
-        if x.dtype == self.weight.dtype and x.dtype in (torch.float32, torch.float64):
-            out: Tensor = _RmsNorm.apply(x, self.weight, self.variance_epsilon)
+        """Normalised over the last dimension, in the wider type of `x` and the weight."""
+        wide = x.dtype in (torch.float32, torch.float64)
+        if wide and torch.promote_types(x.dtype, self.weight.dtype) == x.dtype:
+            # FSDP2 gathers the weight in bfloat16 where passes run under autocast.
+            out: Tensor = _RmsNorm.apply(x, self.weight.to(x.dtype), self.variance_epsilon)
             return out
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-        return self.weight * wide.to(x.dtype)
+        normal = x.float()
+        normal = normal * torch.rsqrt(normal.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * normal.to(x.dtype)
 
 
 class _RmsNorm(torch.autograd.Function):

@@ -275,13 +275,13 @@ class Trunk(nn.Module):
         self.joiner = make_joiner(self.model)
         return self
 
-    def units(self) -> list[nn.Module]:
-        """What gathers its weights apart where they are sharded: layers, and heads (of float32)."""
+    def layers(self) -> list[nn.Module]:
+        """The base's layers: where weights are sharded, each gathers its own."""
         from transformers.modeling_layers import GradientCheckpointingLayer
 
         layers = [m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer)]
         assert layers, f"{type(self.model).__name__} has no layers that transformers marks as such"
-        return [*layers, *self.heads.values()]
+        return list(layers)
 
     def readers(self) -> list[nn.Module]:
         """What reads weights of modules within it without calling those: adapters' layers do."""

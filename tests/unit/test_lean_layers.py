@@ -41,6 +41,24 @@ def test_half_precision_is_computed_in_float32_and_rounded_once():
     assert torch.equal(LeanRmsNorm(theirs.weight, 1e-6)(x), theirs(x))
 
 
+def test_a_half_weight_on_a_wide_input_is_widened_and_gets_a_half_gradient():
+    """As FSDP2 gathers it under autocast: between layers the states stay in float32."""
+    torch.manual_seed(0)
+    half = torch.nn.Parameter(torch.randn(64).bfloat16())
+    wide = torch.nn.Parameter(half.detach().float())
+    x = torch.randn(3, 64)
+    found = []
+    for weight in (half, wide):
+        own = x.clone().requires_grad_(True)
+        y = LeanRmsNorm(weight, 1e-6)(own)
+        (y**3).sum().backward()
+        found.append((y, own.grad))
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+    assert torch.equal(half.grad, wide.grad.bfloat16())
+    # A weight wider than the input makes the result wide, as in transformers.
+    assert LeanRmsNorm(wide, 1e-6)(x.bfloat16()).dtype == torch.float32
+
+
 @pytest.mark.parametrize("model_type", ["llama", "qwen3", "gpt2", "phi", "gemma"])
 def test_a_slim_model_has_the_same_names_and_logits(make_handle, model_type):
     model = make_handle(model_type, "float32").trunk.model

@@ -90,9 +90,13 @@ def test_working_memory() -> None:
     assert found["scoring"] == LOGITS + 4 * 288 + 2 * 2704
     # And states before 2 layers of 2 models: 8 float32 numbers a token.
     assert found["update"] == LOGITS + 4 * (288 + 4 * 32) + 2 * 2704
+    # FSDP2 gathers 2 layers of 592 in bfloat16 and 168 other weights in float32; the output layer
+    # of 80 alone is copied.
     sharded = working(FULL, FOUR, "fsdp2")
-    assert sharded["rollout"] - found["rollout"] == 4 * 1352
-    assert sharded["scoring"] - found["scoring"] == 4 * (2 * 592 + 160)
+    assert sharded["rollout"] == 256 + 2 * 2 * 592 + 4 * 168 + 2 * 80
+    assert sharded["scoring"] == LOGITS + 4 * 288 + 2 * 2 * 592 + 4 * 160 + 2 * 2 * 80
+    update = LOGITS + 4 * (288 + 4 * 32) + 2 * 2 * 592 + 4 * 160 + 2 * 2 * 80
+    assert sharded["update"] == update
     lora = working(LORA, FOUR, "ddp")
     assert lora["rollout"] == 256
     assert lora["update"] == LOGITS + 4 * (288 + 4 * 16)
@@ -111,7 +115,7 @@ def test_bytes_that_a_process_sends() -> None:
     nothing = {"rollout": 0, "scoring": 0}
     assert communication(FULL, FOUR, "ddp") == {**nothing, "update": 2 * 2 * 0.75 * 10_496}
     assert communication(FULL, FOUR, "zero2") == {**nothing, "update": 2 * 2 * 0.75 * 10_496}
-    gather = 0.75 * 4 * 1352
+    gather = 0.75 * (2 * 2 * 592 + 4 * 168)
     assert communication(FULL, FOUR, "fsdp2") == {
         "rollout": gather,
         "scoring": 4 * 2 * gather,
@@ -120,7 +124,7 @@ def test_bytes_that_a_process_sends() -> None:
     # A prefill and two steps of one group of rows.
     assert gathered_each_step(FULL, FOUR) == 3 * gather
     assert communication(LORA, FOUR, "ddp")["update"] == 2 * 2 * 0.75 * 2048
-    assert communication(LORA, FOUR, "fsdp2")["rollout"] == 0.75 * (2 * 1352 + 4 * 1024)
+    assert communication(LORA, FOUR, "fsdp2")["rollout"] == 0.75 * 2 * (1352 + 1024)
 
 
 def test_seconds() -> None:
@@ -150,11 +154,13 @@ def test_decoding_split_over_a_node() -> None:
 
 
 def test_tables_name_what_does_not_fit() -> None:
-    """70B in float32 trains nowhere here; 8B with LoRA everywhere."""
+    """70B in float32 is written by no GPU here; 8B with LoRA by all of them."""
     lines = plan_tables.memory_table().splitlines()
     assert all("**" in line for line in lines if line.startswith("| 70B | full, float32 |"))
     assert not any("**" in line for line in lines if line.startswith("| 8B | LoRA |"))
     timed = plan_tables.time_table()
     assert "| 70B | LoRA | 8 | 512 | fsdp2 (each step) |" in timed
-    assert "| 70B | full, float32 |" not in timed
+    # Rollouts gathered at every step are the only ones that fit, and updates on 64 GPUs alone.
+    assert "| 70B | full, float32 | 64 | 512 | fsdp2 (each step) |" in timed
+    assert "| 70B | full, float32 | 8 |" not in timed
     assert len({line.count("|") for line in timed.splitlines()}) == 1
