@@ -34,6 +34,8 @@ class TrainingError(PipelineError):
 class Interrupted(PipelineError):
     """The run was asked to stop (SIGTERM, Ctrl-C), and its state is saved."""
 
+    everywhere = True  # processes agree on the step to stop after
+
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
         self.code = code  # 128 + the signal, as shells report it

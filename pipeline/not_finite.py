@@ -39,6 +39,7 @@ def together(work: Callable[[], T], runtime: "Runtime") -> T:
         result = work()
     except TrainingError as error:
         own = error
+        own.everywhere = True
     # What a process cannot unpickle would be another fault: texts travel, not errors.
     told = None
     if own is not None:
@@ -47,7 +48,9 @@ def together(work: Callable[[], T], runtime: "Runtime") -> T:
     if own is not None:
         raise own
     for message, what, place in others:
-        raise NotFinite(what, message, place=place) if what else TrainingError(message)
+        theirs = NotFinite(what, message, place=place) if what else TrainingError(message)
+        theirs.everywhere = True
+        raise theirs
     return result
 
 

@@ -350,7 +350,8 @@ def _run_chain(
     chain = Chain(
         config, stages, console, sources or (), predicted_footprint, allow_changes=allow_changes
     )
-    chain.run(only=None if only is None else stages[-1].name)
+    with chain.runtime.leaving_together():
+        chain.run(only=None if only is None else stages[-1].name)
     console.print(f"Look at the run with: rlhf show {chain.folder.root}", highlight=False)
 
 

@@ -6,8 +6,8 @@ Every collective is right with one process and with many; stages never ask which
 import gc
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -201,6 +201,7 @@ class Runtime:
             try:
                 told[0] = work()
             except PipelineError as error:
+                error.everywhere = True
                 told[1] = error
         self.accelerator  # noqa: B018  # the process group comes with it
         result, failure = broadcast_object_list(told)
@@ -212,6 +213,25 @@ class Runtime:
         """Wait for all processes."""
         if self.world_size > 1:
             self.accelerator.wait_for_everyone()
+
+    @contextmanager
+    def leaving_together(self) -> Iterator[None]:
+        """End the process group after what is within, unless one process alone fails in it.
+
+        Threads of gloo's that outlive the interpreter end it in SIGABRT now and then: of 100 pairs
+        of processes that made one all-gather and returned 4 did.
+        """
+        try:
+            yield
+        except PipelineError as error:
+            if error.everywhere:
+                self._leave()
+            raise
+        self._leave()
+
+    def _leave(self) -> None:
+        if self.world_size > 1 and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
     def divided(self, total: int, work: Callable[[Sequence[int]], Iterable[T]]) -> list[T]:
         """What `work(rows)` gives for each of `total` rows, every process doing its share of them.

@@ -54,6 +54,30 @@ def two(request, tmp_path, monkeypatch, deepspeed_builds):
     return start
 
 
+@pytest.mark.parametrize("code", [0, 2])
+def test_a_command_leaves_the_process_group(tmp_path, code):
+    """gloo's threads would outlive the interpreter and end some processes in SIGABRT."""
+    write_config(tmp_path)
+    (tmp_path / "ends.py").write_text(
+        "import sys, torch\n"
+        "from stages.cli import main\n"
+        "try:\n"
+        "    main()\n"
+        "except SystemExit as end:\n"
+        "    print(f'code {end.code}, group: {torch.distributed.is_initialized()}', flush=True)\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    if code:  # the main process cannot write: all hear of it
+        (tmp_path / "runs").mkdir()
+        (tmp_path / "runs/r").write_text("")
+    done = subprocess.run(
+        [*command, "ends.py", "sft", "c.yaml", "sft.max_steps=2"], cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, capture_output=True,
+        text=True, timeout=120,
+    )  # fmt: skip
+    assert done.stdout.count(f"code {code}, group: False") == 2, done.stdout + done.stderr
+
+
 def left(stage: Path) -> list[dict]:
     return json.loads((stage / "not_finite.json").read_text())["rows"]
 

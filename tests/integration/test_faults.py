@@ -193,8 +193,9 @@ def test_a_state_in_a_pickle_is_not_read(place):
     found = read_manifest(folder)
     kept = {"stage": found.stage, "key": found.key, "material": found.material}
     write_manifest(folder, **kept, summary=found.summary, seconds=0.0)
-    with pytest.raises(FileNotFoundError, match=r"\.safetensors"):
-        rlhf("ppo", "run.name=killed", *PPO)
+    output = rlhf("ppo", "run.name=killed", *PPO, code=2)
+    assert "state-4 is no state that this software wrote" in output
+    assert "rank-0.safetensors. Remove it to go on from an older one" in output
     assert not Path("exploded").exists()
 
 
