@@ -32,26 +32,39 @@ def together(work: Callable[[], T], runtime: "Runtime") -> T:
     """What `work` returns in this process, if it raised in none.
 
     Raises:
-        TrainingError: it raised one here or elsewhere: nobody is left waiting in a collective.
+        TrainingError: it raised one here or elsewhere: nobody is left waiting in a collective. All
+            raise the same kind, NotFinite only where nothing else went wrong: what follows it
+            (`leave`, a roll-back) they do together.
     """
-    own: TrainingError | None = None
-    try:
-        result = work()
-    except TrainingError as error:
-        own = error
-        own.everywhere = True
+    found = caught(work)
+    own = found if isinstance(found, TrainingError) else None
     # What a process cannot unpickle would be another fault: texts travel, not errors.
     told = None
     if own is not None:
         told = (str(own), own.what, own.place) if isinstance(own, NotFinite) else (str(own), "", "")
-    others = [fault for fault in runtime.gather_objects([told]) if fault is not None]
-    if own is not None:
-        raise own
-    for message, what, place in others:
-        theirs = NotFinite(what, message, place=place) if what else TrainingError(message)
-        theirs.everywhere = True
-        raise theirs
-    return result
+    faults = [fault for fault in runtime.gather_objects([told]) if fault is not None]
+    if not faults:
+        return raised(found)
+    message, what, place = next((fault for fault in faults if not fault[1]), faults[0])
+    if own is None or (isinstance(own, NotFinite) and not what):
+        own = NotFinite(what, message, place=place) if what else TrainingError(message)
+    own.everywhere = True
+    raise own
+
+
+def caught(work: Callable[[], T]) -> T | TrainingError:
+    """What `work` returns, or the error that it raises."""
+    try:
+        return work()
+    except TrainingError as error:
+        return error
+
+
+def raised(found: T | TrainingError) -> T:
+    """The other way round."""
+    if isinstance(found, TrainingError):
+        raise found
+    return found
 
 
 def leave(error: NotFinite, folder: Path, runtime: "Runtime") -> NotFinite:

@@ -58,9 +58,9 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _half_precision_fits(self) -> "RunConfig":
-        if self.run.mixed_precision == "bf16" and self.model.dtype == "float16":
+        if self.run.mixed_precision == "bf16" and self.model.dtype in ("float16", "float64"):
             raise ValueError(
-                "run.mixed_precision is bf16 but model.dtype is float16: "
+                f"run.mixed_precision is bf16 but model.dtype is {self.model.dtype}: "
                 "set model.dtype to float32 or bfloat16"
             )
         return self

@@ -227,7 +227,11 @@ class _Handler(BaseHTTPRequestHandler):
     do_GET = do_POST = _respond
 
     def _send(self, status: int, value: Any) -> None:
-        data = value.encode() if isinstance(value, str) else json.dumps(value).encode()
+        try:
+            text = value if isinstance(value, str) else json.dumps(value, allow_nan=False)
+        except ValueError:  # as Starlette's JSONResponse, by which vLLM answers
+            status, text = 500, "Internal Server Error"
+        data = text.encode()
         try:
             self.send_response(status)
             self.send_header("Content-Length", str(len(data)))

@@ -216,22 +216,24 @@ class Runtime:
 
     @contextmanager
     def leaving_together(self) -> Iterator[None]:
-        """End the process group after what is within, unless one process alone fails in it.
+        """End the process group after what is within.
 
         Threads of gloo's that outlive the interpreter end it in SIGABRT now and then: of 100 pairs
-        of processes that made one all-gather and returned 4 did.
+        of processes that made one all-gather and returned 4 did. NCCL's group ends by a collective:
+        a process that fails alone does not wait for the others in it.
         """
+        together = False
         try:
             yield
+            together = True
         except PipelineError as error:
-            if error.everywhere:
-                self._leave()
+            together = error.everywhere
             raise
-        self._leave()
-
-    def _leave(self) -> None:
-        if self.world_size > 1 and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        finally:
+            group = torch.distributed
+            joined = self.world_size > 1 and group.is_initialized()
+            if joined and (together or group.get_backend() == "gloo"):
+                group.destroy_process_group()
 
     def divided(self, total: int, work: Callable[[Sequence[int]], Iterable[T]]) -> list[T]:
         """What `work(rows)` gives for each of `total` rows, every process doing its share of them.

@@ -80,9 +80,10 @@ def shard(
     Layers and heads are gathered apart, each for its own pass. What is trainable is fixed by now.
     Modules that are not on the device yet get there one by one.
 
-    `half`: passes run under autocast to bfloat16. Layers are then cast before they are gathered,
-    which autocast would do after it, with copies that live until the backward pass. Activations
-    between them keep the type that autocast gives them, and gradients are summed in float32.
+    `half`: passes run under autocast to bfloat16. Layers of float32 are then cast before they are
+    gathered, which autocast would do after it, with copies that live until the backward pass. The
+    states between them keep the type that autocast gives them, and processes' gradients are summed
+    in float32.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -93,7 +94,7 @@ def shard(
     cast = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     layers, heads = list(layers), list(heads)
     for layer in layers:
-        policy = cast if half and _takes_half(layer, device) else as_it_is
+        policy = cast if half and _takes_cast(layer, device) else as_it_is
         fully_shard(layer, mp_policy=policy, **settings)
     for head in heads:
         fully_shard(head, **settings)
@@ -102,12 +103,21 @@ def shard(
     return Shards(module, [*layers, *heads], device)
 
 
-def _takes_half(layer: nn.Module, device: torch.device) -> bool:
-    """Whether autocast has the layer's norms in float32 if their weights are bfloat16.
+def _takes_cast(layer: nn.Module, device: torch.device) -> bool:
+    """Whether the layer computes in bfloat16 what autocast would, given weights of bfloat16.
 
-    On GPUs it casts what `layer_norm` is given; on processors `layer_norm` takes no such weights.
+    Products do, and what norms round is their weights alone. Other vectors (DoRA's magnitudes,
+    decays of recurrent layers) go into sums and quotients that autocast leaves in float32.
     """
-    return device.type != "cpu" or not any(isinstance(m, nn.LayerNorm) for m in layer.modules())
+    if not any(parameter.dtype == torch.float32 for parameter in layer.parameters()):
+        return False
+    for module in layer.modules():
+        if isinstance(module, nn.LayerNorm) and device.type == "cpu":
+            return False  # takes no weights of bfloat16 there; on GPUs autocast makes them float32
+        vectors = any(parameter.dim() < 2 for parameter in module.parameters(recurse=False))
+        if vectors and not type(module).__name__.endswith(("Norm", "Linear", "Conv1D")):
+            return False
+    return True
 
 
 def most(number: int, device: torch.device) -> int:

@@ -10,6 +10,7 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from pipeline.generation.vllm_adapters import AdapterHandover
 from pipeline.inference import infer
 from pipeline.models.adapters import adapter_state
 from pipeline.models.trunk import Handle
-from pipeline.not_finite import NotFinite, together
+from pipeline.not_finite import NotFinite, caught, raised, together
 
 # The first rows of each version of the policy are read by the trunk too. Other kernels and bf16
 # differ by some hundredths of a nat a token, another model's weights by one or more.
@@ -88,7 +89,11 @@ class VllmEngine:
             self._refuse_not_finite(rows, sample_indices, handle)
             return rows
 
-        rows = together(ask_all, self._runtime)
+        found = caught(ask_all)
+        # vLLM has no answer but status 500 for log-probs of NaN: JSON has no such number.
+        if self._runtime.any_of(_is_broken(found)):
+            found = self._examined(found, handle, prompt_ids)
+        rows = together(partial(raised, found), self._runtime)
         made = Generations(
             [ids for ids, _, _ in rows], [ended for *_, ended in rows], [own for _, own, _ in rows]
         )
@@ -137,6 +142,27 @@ class VllmEngine:
                 ],
             )
 
+    def _examined(
+        self, found: list[Row] | TrainingError, handle: Handle, prompt_ids: Sequence[Sequence[int]]
+    ) -> list[Row] | TrainingError:
+        """The same, or what is wrong with the policy itself, if its numbers are not finite.
+
+        Of sharded weights all processes make these passes.
+        """
+        asked = prompt_ids[:CHECKED_ROWS]
+        any_token = [list(prompt[-1:]) for prompt in asked]
+        batch = TokenBatch.from_ragged(asked, any_token, handle.codec.pad_id)
+        own = infer(handle, batch, ["logprobs"], None, 1.0)["logprobs"].flatten()
+        bad = (~own.isfinite()).nonzero().flatten().tolist()
+        if not (bad and _is_broken(found)):
+            return found
+        return NotFinite(
+            "logprobs",
+            f"the policy's own log-probs are not finite for {len(bad)} of {len(asked)} prompts, "
+            f"for which {self._server.url} has no answer: {found}",
+            [{"row": n, "response": "", "logprobs": [float(own[n])]} for n in bad],
+        )
+
     def _on_main(self, work: Callable[[], str]) -> str:
         """What `work` returns in the first process, or raises there, in every process."""
         result, fault = "", None
@@ -149,6 +175,7 @@ class VllmEngine:
                 fault = error
         result, fault = self._runtime.gather_objects([(result, fault)])[0]
         if fault is not None:
+            fault.everywhere = True
             raise fault  # in all of them, so that none waits for the others
         return result
 
@@ -171,10 +198,10 @@ class VllmEngine:
             ours = infer(handle, batch, ["logprobs"], None, at)["logprobs"]
             return float((ours - theirs).abs()[batch.response_mask].mean())
 
-        scaled = mismatch(temperature)
-        # All look or none: passes through sharded weights are made together.
-        looks = temperature != 1.0 and self._runtime.any_of(scaled > _NEGLIGIBLE)
-        if looks and mismatch(1.0) < scaled / 2 and scaled > _NEGLIGIBLE:
+        # The worst of all processes is judged, by all of them.
+        scaled = max(self._runtime.gather_objects([mismatch(temperature)]))
+        looks = temperature != 1.0 and scaled > _NEGLIGIBLE
+        if looks and max(self._runtime.gather_objects([mismatch(1.0)])) < scaled / 2:
             raise ConfigError(
                 f"the vLLM server's log-probs are those of temperature 1, but "
                 f"ppo.rollout.temperature is {temperature:g}: importance weights would be wrong. "
@@ -241,7 +268,7 @@ def read_answer(answer: Any, stop_ids: frozenset[int], max_tokens: int, vocabula
         raise ValueError(f"ids outside the vocabulary of {vocabulary}: it serves another model")
     if len(logprobs or []) != len(ids):
         raise ValueError(f"{len(logprobs or [])} log-probs for {len(ids)} tokens")
-    if not all(x is None or isinstance(x, int | float) for x in logprobs):
+    if not all(isinstance(x, int | float) for x in logprobs):
         raise ValueError(f"log-probs that are no numbers: {logprobs[:3]}")
     ended = ids[-1] in stop_ids
     if any(id_ in stop_ids for id_ in ids[:-1]):
@@ -256,11 +283,11 @@ def read_answer(answer: Any, stop_ids: frozenset[int], max_tokens: int, vocabula
             f"it was cut after {len(ids)} of {max_tokens} tokens: raise the server's "
             "--max-model-len"
         )
-    return ids, [_as_number(x) for x in logprobs], ended
+    # vLLM writes -9999 for minus infinity.
+    return ids, [-math.inf if x <= -9999 else float(x) for x in logprobs], ended
 
 
-def _as_number(logprob: float | None) -> float:
-    """JSON has no NaN (vLLM writes null) and no minus infinity (it writes -9999)."""
-    if logprob is None:
-        return math.nan
-    return float(logprob) if logprob > -9999 or math.isnan(logprob) else -math.inf
+def _is_broken(found: list[Row] | TrainingError) -> bool:
+    """Whether the server failed within itself."""
+    cause = found.__cause__ if isinstance(found, TrainingError) else None
+    return isinstance(cause, ServerFault) and cause.status == 500

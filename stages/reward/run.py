@@ -219,17 +219,18 @@ def normalise(
     )
     engine = LocalEngine(cuda_graphs=runtime.run.cuda_graphs)
 
-    def written_and_scored(rows: Sequence[int]) -> Iterable[tuple[float, bool]]:
-        own = [chosen[row] for row in rows]
+    def write(rows: Sequence[int]) -> Iterable[tuple[list[int], bool]]:
         with runtime.autocast():
-            drawn = engine.generate(sft, own, list(rows), sampling)
-        completions = Completions.decode(
-            sft.codec, [Prompt(prompts[ids]) for ids in own], own, drawn.response_ids, drawn.ended
-        )
-        return zip(score(handle, completions, context), drawn.ended, strict=True)
+            drawn = engine.generate(sft, [chosen[row] for row in rows], list(rows), sampling)
+        return zip(drawn.response_ids, drawn.ended, strict=True)
 
-    found = runtime.divided(len(chosen), written_and_scored)
-    scores = [value for value, _ in found]
+    # Apart from scoring, whose passes through sharded weights all make or none.
+    written = runtime.divided(len(chosen), write)
+    response_ids, ended = [ids for ids, _ in written], [end for _, end in written]
+    drawn = Completions.decode(
+        sft.codec, [Prompt(prompts[ids]) for ids in chosen], chosen, response_ids, ended
+    )
+    scores = runtime.divided(len(chosen), lambda rows: score(handle, drawn.take(rows), context))
     mean, std = fmean(scores), pstdev(scores)
     head = handle.trunk.heads[handle.role.head or ""]
     assert isinstance(head, ScalarHead)
@@ -243,8 +244,8 @@ def normalise(
         head.normalise(mean, std)
     else:
         head.normalise(mean)
-    ended = fmean(ended for _, ended in found)
-    return Normalisation(len(scores), ended, mean, std, float(head.shift), float(head.scale))
+    shift, scale = float(head.shift), float(head.scale)
+    return Normalisation(len(scores), fmean(ended), mean, std, shift, scale)
 
 
 def score(handle: Handle, completions: Completions, context: Context) -> list[float]:

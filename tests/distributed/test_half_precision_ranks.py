@@ -148,6 +148,9 @@ def worker() -> None:
     assert found[False][1] - found[True][1] == 2 * linear - 4 * (weights - linear)
     print("as autocast, without its copies", flush=True)
 
+    # Its norms of queries and keys give bfloat16, which autocast rounds them to a step later.
+    module, plain = sharded("qwen3", half=True), Losses(build("qwen3"))
+    torch.testing.assert_close(passed(module)[0], passed(plain)[0], rtol=1e-3, atol=0)
     module, plain = sharded("gpt2", half=True), Losses(build("gpt2"))
     torch.testing.assert_close(passed(module)[0], passed(deepcopy(plain))[0], rtol=1e-6, atol=0)
     print("layers with LayerNorm stay as they are", flush=True)

@@ -41,6 +41,15 @@ def test_every_stretch_is_that_of_the_whole_tensor(tmp_path, processes, flat):
                 assert torch.equal(stretch(tensor, start, stop), expected)
 
 
+def test_a_process_may_have_left_nothing(tmp_path):
+    """Under ZeRO-2 the first ones have no stretch of the last parameters."""
+    for rank, piece in enumerate((torch.empty(0), torch.arange(3.0), torch.empty(0))):
+        save_file({"x": piece}, rows_path(tmp_path, rank))
+    saved = saved_rows(tmp_path)["x"]
+    assert saved.shape == (3,) and saved.dtype == torch.float32
+    assert saved.stretch(1, 3).tolist() == [1.0, 2.0] and saved.stretch(3, 3).tolist() == []
+
+
 class Watched:
     """A slice of a file that counts the rows read."""
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pydantic import ValidationError
 
 from pipeline.config import VllmSection, key_values
@@ -191,6 +192,7 @@ def spoilt(key: str, value: Any) -> Any:
     [
         (spoilt("token_logprobs", lambda found: found[:-1]), "7 log-probs for 8 tokens"),
         (spoilt("token_logprobs", lambda found: ["-1", *found[1:]]), "no numbers: .'-1'"),
+        (spoilt("token_logprobs", lambda found: [None, *found[1:]]), "no numbers: .None"),
         (spoilt("logprobs", None), "vLLM 0.10.2 or newer"),
         (spoilt("token_ids", None), "0 tokens where 1 to 8 were asked for"),
         (spoilt("token_ids", lambda found: [*found, 5]), "9 tokens where 1 to 8"),
@@ -209,19 +211,15 @@ def test_answers_that_are_no_samples_are_refused(
     assert server.url in str(caught.value) and "for sample 0" in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("sent", "read"),
-    [(math.nan, "nan"), (None, "nan"), (-9999.0, "-inf"), (-math.inf, "-inf"), (math.inf, "inf")],
-)
 def test_log_probs_that_are_not_finite_name_their_rows(
-    sent: float | None, read: str, policy: Handle, server: StandIn, tmp_path: Path
+    policy: Handle, server: StandIn, tmp_path: Path
 ) -> None:
     calls: list[list[int]] = []  # one request at a time
 
     def spoil(choice: dict[str, Any]) -> None:
         calls.append(choice["token_ids"])
         if len(calls) in (2, 4):
-            choice["logprobs"]["token_logprobs"][3] = sent
+            choice["logprobs"]["token_logprobs"][3] = -9999.0  # for minus infinity
 
     server.spoil = spoil
     engine = engine_of(server, tmp_path, rows=1)
@@ -232,7 +230,26 @@ def test_log_probs_that_are_not_finite_name_their_rows(
     for row in found.value.rows:
         assert row["response"] == policy.codec.text(calls[row["row"]])
         assert [n for n, x in enumerate(row["logprobs"]) if not math.isfinite(x)] == [3]
-        assert str(row["logprobs"][3]) == read
+        assert row["logprobs"][3] == -math.inf
+
+
+def test_a_policy_of_nan_is_told_from_a_broken_server(
+    policy: Handle, server: StandIn, tmp_path: Path
+) -> None:
+    engine = engine_of(server, tmp_path, retries=1)
+    engine.generate(policy, PROMPTS, range(5), GREEDY)
+    server.spoil = spoilt("token_logprobs", lambda found: [math.nan, *found[1:]])
+    with pytest.raises(TrainingError, match=r"vLLM did not answer for sample 0: .*500") as caught:
+        engine.generate(policy, PROMPTS, range(5), GREEDY)
+    assert not isinstance(caught.value, NotFinite)
+    server.spoil = None
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.fill_(math.nan)
+    with pytest.raises(NotFinite, match=r"for 5 of 5 prompts, for which http.* 500") as found:
+        engine.generate(policy, PROMPTS, range(5), GREEDY)
+    assert [row["row"] for row in found.value.rows] == [0, 1, 2, 3, 4]
+    assert all(math.isnan(row["logprobs"][0]) for row in found.value.rows)
 
 
 def answer(ids: list[int], reason: str = "length") -> dict[str, Any]:
