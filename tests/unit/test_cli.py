@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -75,6 +76,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
                 config=config, stages=names, sources=list(sources), allow_changes=allow_changes
             )
             self.folder = SimpleNamespace(root=Path("runs/made"))
+            self.runtime = SimpleNamespace(leaving_together=nullcontext)
 
         def run(self, only: str | None = None) -> None:
             self.call.only = only
