@@ -61,7 +61,7 @@ def caught(work: Callable[[], T]) -> T | TrainingError:
 
 
 def raised(found: T | TrainingError) -> T:
-    """The other way round."""
+    """What `caught` gave: returned, or raised again."""
     if isinstance(found, TrainingError):
         raise found
     return found

@@ -218,22 +218,21 @@ class Runtime:
     def leaving_together(self) -> Iterator[None]:
         """End the process group after what is within.
 
-        Threads of gloo's that outlive the interpreter end it in SIGABRT now and then: of 100 pairs
-        of processes that made one all-gather and returned 4 did. NCCL's group ends by a collective:
-        a process that fails alone does not wait for the others in it.
+        Threads of gloo's that outlive the interpreter end it in SIGABRT now and then
+        (https://github.com/pytorch/pytorch/issues/190489). NCCL's group ends by a collective: a
+        process that fails alone does not wait for the others in it.
         """
-        together = False
+        all_leave = False
         try:
             yield
-            together = True
+            all_leave = True
         except PipelineError as error:
-            together = error.everywhere
+            all_leave = error.everywhere
             raise
         finally:
-            group = torch.distributed
-            joined = self.world_size > 1 and group.is_initialized()
-            if joined and (together or group.get_backend() == "gloo"):
-                group.destroy_process_group()
+            joined = self.world_size > 1 and torch.distributed.is_initialized()
+            if joined and (all_leave or torch.distributed.get_backend() == "gloo"):
+                torch.distributed.destroy_process_group()
 
     def divided(self, total: int, work: Callable[[Sequence[int]], Iterable[T]]) -> list[T]:
         """What `work(rows)` gives for each of `total` rows, every process doing its share of them.

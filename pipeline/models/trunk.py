@@ -279,9 +279,10 @@ class Trunk(nn.Module):
         """The base's layers: where weights are sharded, each gathers its own."""
         from transformers.modeling_layers import GradientCheckpointingLayer
 
-        layers = [m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        marked = (m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer))
+        layers: list[nn.Module] = list(marked)
         assert layers, f"{type(self.model).__name__} has no layers that transformers marks as such"
-        return list(layers)
+        return layers
 
     def readers(self) -> list[nn.Module]:
         """What reads weights of modules within it without calling those: adapters' layers do."""

@@ -73,3 +73,12 @@ def test_knobs_of_memory_and_logging_are_no_part_of_any_key() -> None:
         assert before != after
         keys = [key_values(type(section), section.model_dump()) for section in (before, after)]
         assert keys[0] == keys[1] != {}
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float64"])
+def test_types_that_autocast_does_not_cast_are_refused_beside_it(dtype: str) -> None:
+    """It leaves float64 as it is, and its range is not float16's."""
+    given = {"model": {"path": "org/base", "dtype": dtype}, "run": {"mixed_precision": "bf16"}}
+    with pytest.raises(ValidationError, match=f"bf16 but model.dtype is {dtype}: set model.dtype"):
+        RunConfig.model_validate(given)
+    RunConfig.model_validate(given | {"run": {}})
