@@ -12,65 +12,19 @@ from pipeline.config import (
     NOT_IN_KEY,
     Fraction,
     NonNegative,
-    NonNegativeInt,
     Positive,
     PositiveInt,
     Resource,
     Section,
     Tuning,
-    VllmSection,
 )
-from pipeline.fit_config import OptimSection
-
-DEFAULT_LEARNING_RATE = {"full": 3e-6, "lora": 3e-5}
-
-
-class RolloutSection(Section):
-    """What one iteration samples from the policy."""
-
-    prompts_per_iteration: PositiveInt = Field(128, description="Prompts of one iteration.")
-    responses_per_prompt: PositiveInt = Field(
-        1, description="Responses sampled for each of these prompts."
-    )
-    max_new_tokens: PositiveInt = Field(128, description="Longest response, in tokens.")
-    temperature: Positive = Field(
-        1.0, description="Divides the logits of policy and reference, sampled and trained alike."
-    )
-    missing_eos: Literal["subtract", "replace", "keep"] = Field(
-        "subtract",
-        description="Score of a response that was cut before it ended: `subtract` takes the "
-        "penalty off, `replace` sets it to minus the penalty, `keep` leaves it.",
-    )
-    missing_eos_penalty: NonNegative = Field(
-        1.0, description="Penalty of a response without an end, in units of the score."
-    )
-    importance_cap: Positive | None = Field(
-        2.0,
-        description="Cap of the importance weights that correct for an engine whose log-probs are "
-        "not the training forward's (vLLM, bf16); null leaves the mismatch uncorrected.",
-    )
-    generation_rows: PositiveInt = Field(
-        128, description="Responses generated at a time.", json_schema_extra=NOT_IN_KEY
-    )
-    micro_batch_tokens: PositiveInt | None = Field(
-        None,
-        description="Tokens, padding included, of a forward pass that needs no gradient; null "
-        "suits the device.",
-        json_schema_extra=NOT_IN_KEY,
-    )
-    engine: Literal["native", "vllm"] = Field(
-        "native", description="What samples: this program, or a vLLM server (`tuning: lora` only)."
-    )
-    vllm: VllmSection = Field(
-        VllmSection(),
-        description="The server, with `engine: vllm`.",
-        json_schema_extra=NOT_IN_KEY,
-    )
-
-    @property
-    def num_rollouts(self) -> int:
-        """Responses of one iteration."""
-        return self.prompts_per_iteration * self.responses_per_prompt
+from stages.ppo.learning_config import (
+    DEFAULT_LEARNING_RATE,
+    AdvantageSection,
+    KlSection,
+    PpoOptimSection,
+)
+from stages.ppo.rollout_config import HeldOutSection, RecordSection, RolloutSection
 
 
 class ReferenceSection(Section):
@@ -90,88 +44,6 @@ class ReferenceSection(Section):
     def is_set(self) -> bool:
         """Whether the reference is to lie elsewhere, or in another type, than the start."""
         return self.device != "auto" or self.dtype is not None
-
-
-class KlSection(Section):
-    """How the coefficient of the KL penalty moves, and which KL is logged."""
-
-    controller: Literal["fixed", "adaptive"] = Field(
-        "fixed", description="`adaptive` steers the KL to `target`, starting from `ppo.kl_coef`."
-    )
-    target: Positive = Field(
-        6.0, description="KL that the adaptive controller aims at, in nats a response."
-    )
-    horizon: Positive = Field(
-        10_000, description="Responses over which the adaptive controller corrects an error."
-    )
-    estimator: Literal["k1", "k2", "k3"] = Field(
-        "k1", description="Estimator of the logged KL; the penalty itself always uses k1."
-    )
-
-
-class AdvantageSection(Section):
-    """From scores to advantages."""
-
-    gamma: Fraction = Field(1.0, description="Discount a token.")
-    gae_lambda: Fraction = Field(0.95, description="Lambda of generalised advantage estimation.")
-    whiten: bool = Field(
-        True, description="Whiten advantages over all response tokens of the iteration."
-    )
-    whiten_rewards: bool = Field(
-        False, description="Divide token rewards by their standard deviation (mean kept)."
-    )
-    reward_clip: Positive | None = Field(
-        None, description="Scores are clipped to plus and minus this before the KL penalty."
-    )
-
-
-class PpoOptimSection(OptimSection):
-    """The clipped objective and its optimiser."""
-
-    learning_rate: Positive = Field(
-        DEFAULT_LEARNING_RATE["lora"],
-        description="Peak learning rate; unset, 3e-5 with `tuning: lora` and 3e-6 with `full`.",
-    )
-    value_learning_rate: Positive | None = Field(
-        None, description="Peak learning rate of a separate value model; unset, learning_rate."
-    )
-    adam_eps: Positive = Field(1e-5, description="Epsilon of AdamW.")
-    ppo_epochs: PositiveInt = Field(4, description="Passes over the rollouts of an iteration.")
-    minibatches: PositiveInt = Field(
-        1, description="Optimiser steps a pass: the rollouts are divided into this many parts."
-    )
-    micro_batch_tokens: PositiveInt | None = Field(
-        None,
-        description="Tokens, padding included, of one forward and backward pass; null suits the "
-        "device. Halved where memory runs out.",
-        json_schema_extra=NOT_IN_KEY,
-    )
-    gradient_checkpointing: bool = Field(
-        False,
-        description="Recompute activations in the backward pass: less memory, slower.",
-        json_schema_extra=NOT_IN_KEY,
-    )
-    clip_range: Positive = Field(0.2, description="Clip range of the probability ratio.")
-    dual_clip: Annotated[float, Field(gt=1)] | None = Field(
-        None, description="Bound of the ratio where advantages are negative (3 in common use)."
-    )
-    value_clip_range: Positive | None = Field(
-        0.2, description="Clip range of new values round the old ones; null switches it off."
-    )
-    value_coef: NonNegative = Field(0.1, description="Weight of the value loss.")
-    entropy_coef: NonNegative = Field(0.0, description="Weight of the entropy bonus.")
-    ptx_coef: NonNegative = Field(
-        0.0,
-        description="Weight of the language-model loss on demonstrations (InstructGPT's PPO-ptx).",
-    )
-    target_kl: Positive | None = Field(
-        None, description="Approximate KL, in nats a token, above which an iteration stops early."
-    )
-    value_warmup_iterations: NonNegativeInt = Field(
-        0,
-        description="First iterations that train the value model only. A new value head starts at "
-        "zero and needs none.",
-    )
 
 
 class StopSection(Section):
@@ -208,27 +80,6 @@ class StopSection(Section):
     def rules(self) -> dict[str, Any]:
         """What `StopRules` is made of."""
         return self.model_dump(exclude={"action", "max_rollbacks", "rollback_factor"})
-
-
-class HeldOutSection(Section):
-    """Scoring of held-out prompts during training, which chooses the best policy."""
-
-    every: PositiveInt = Field(
-        10, description="Iterations between two evaluations; the last is always evaluated."
-    )
-    num_prompts: PositiveInt = Field(64, description="Held-out prompts of an evaluation.")
-    num_texts: NonNegativeInt = Field(
-        4,
-        description="Fixed held-out prompts whose responses are written to texts.jsonl.",
-        json_schema_extra=NOT_IN_KEY,
-    )
-
-
-class RecordSection(Section):
-    """Which rollouts are kept on disk."""
-
-    enabled: bool = Field(True, description="Whether rollouts are written to samples/*.parquet.")
-    rows_per_file: PositiveInt = Field(2000, description="Rollouts of one Parquet file.")
 
 
 class PpoSection(Section):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pipeline.tensors import masked_sum
-from stages.ppo.config import AdvantageSection, KlSection
+from stages.ppo.learning_config import AdvantageSection, KlSection
 from stages.ppo.objective import (
     explained_variance,
     gae,

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from pipeline.models.calls import TrunkOutput
 from pipeline.tensors import masked_sum, send
-from stages.ppo.config import PpoOptimSection
 from stages.ppo.experience import Experience
+from stages.ppo.learning_config import PpoOptimSection
 from stages.ppo.objective import policy_loss, value_loss
 
 # Sums over response tokens that each micro-batch reports, in this order.

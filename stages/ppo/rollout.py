@@ -19,8 +19,8 @@ from pipeline.inference import infer
 from pipeline.models.trunk import Handle
 from pipeline.records import Prompt
 from pipeline.rewards import Completions, RewardSource
-from stages.ppo.config import RolloutSection
 from stages.ppo.objective import final_scores, importance_weights
+from stages.ppo.rollout_config import RolloutSection
 
 TRAINING_STREAM, HELD_OUT_STREAM = 0, 1
 Agree = Callable[[Callable[[], Any]], Any]

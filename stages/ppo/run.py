@@ -11,28 +11,25 @@ schedule is an iteration.
 """
 
 import time
-from collections.abc import Mapping, Sequence
-from functools import cache, partial
+from collections.abc import Mapping
 from typing import Any
 
 from pipeline.errors import DataError, TrainingError
-from pipeline.generation import close_engine, open_engine
 from pipeline.interruption import Interruption
 from pipeline.models.footprint import measure_at_first_step
 from pipeline.models.store import find_artifact
-from pipeline.models.trunk import Handle
-from pipeline.not_finite import NotFinite, leave, together
+from pipeline.not_finite import NotFinite, leave
 from pipeline.progress import ProgressBar
-from pipeline.records import Prompt
 from pipeline.stage import Context, Summary
 from stages.ppo import state
 from stages.ppo.actor_critic import ActorCritic
 from stages.ppo.checkpoints import Checkpoints
 from stages.ppo.controllers import AdaptiveKl, FixedKl, KlController, StopRules
 from stages.ppo.experience import Experience, appraise, rollout_metrics
-from stages.ppo.faults import refuse_not_finite, with_samples, with_texts
+from stages.ppo.faults import with_samples
+from stages.ppo.interviewer import Interviewer, check_prompts
 from stages.ppo.models import build_models, open_rewards, open_start
-from stages.ppo.rollout import HELD_OUT_STREAM, TRAINING_STREAM, PromptOrder, Rollout, collect
+from stages.ppo.rollout import Rollout
 from stages.ppo.samples import FixedTexts, SampleFiles
 from stages.ppo.update import Ragged, Updater, update_metrics
 
@@ -82,36 +79,13 @@ class Training:
         self.context = context
         self.section = section = context.config.ppo
         self.runtime = runtime = context.runtime
-        prompts = context.corpus.prompts
-        self.held_out = prompts.held_out[: section.held_out.num_prompts]
-        for part, rows in (("train on", prompts.train), ("hold out", self.held_out)):
-            if not rows:
-                raise DataError(
-                    f"ppo: there are no prompts to {part}. Check data.prompts (or the dataset "
-                    "that prompts are taken from) and data.held_out_fraction"
-                )
-        asked = section.rollout.prompts_per_iteration
-        if min(asked, len(self.held_out)) < runtime.world_size:
-            raise DataError(
-                f"ppo: {runtime.world_size} processes need a prompt each, but there are {asked} an "
-                f"iteration and {len(self.held_out)} held out: raise "
-                "ppo.rollout.prompts_per_iteration or ppo.held_out.num_prompts, or start fewer"
-            )
+        check_prompts(context)
         start = open_start(context)
         self.rewards = open_rewards(context, start)
         # New adapters start at random. Opening may draw numbers too (from files) or not (live).
         runtime.seed_all("ppo")
         self.models = build_models(start, self.rewards, context.config, context.store)
-        self.engine = open_engine(
-            section.rollout.engine,
-            section.rollout.generation_rows,
-            section.rollout.vllm,
-            context.folder.root,
-            runtime,
-        )
-        self.order = PromptOrder(prompts.train, runtime.seed("prompts"))
-        self.prompt_ids = cache(self.models.policy.codec.prompt_ids)
-        self.cuts = self._tokenise_prompts()
+        self.interviewer = Interviewer(context, self.models, self.rewards)
         actor_critic = ActorCritic(self.models.policy, self.models.value)
         runtime.shard(*self.models.trunks(self.rewards))
         self.updater = Updater(
@@ -161,7 +135,7 @@ class Training:
             last.everywhere = found.everywhere
             raise last from error
         finally:
-            close_engine(self.engine)
+            self.interviewer.close()
 
     def iterate(self) -> Summary:
         """Iterate to the end, or until the policy diverges once more than it may be rolled back."""
@@ -248,10 +222,7 @@ class Training:
 
     def collect(self, iteration: int) -> Rollout:
         """Sample and score this process's share of the iteration's prompts."""
-        rank, world_size = self.runtime.rank, self.runtime.world_size
-        prompts, indices = self.order.draw(iteration - 1, self.section.rollout, rank, world_size)
-        place = f"rollouts of iteration {iteration}"
-        return self._ask(prompts, indices, self.models.value, place, "rollouts", TRAINING_STREAM)
+        return self.interviewer.rollouts(iteration)
 
     def update(self, experience: Experience, iteration: int) -> dict[str, float]:
         """One update of policy and value, or of the value alone while it warms up."""
@@ -282,10 +253,7 @@ class Training:
 
     def evaluate(self, iteration: int) -> dict[str, float]:
         """Score held-out prompts with the same noise each time; keep the policy if it is best."""
-        rows = list(self.runtime.share(len(self.held_out)))
-        asked = [self.held_out[row] for row in rows]
-        place = f"evaluation after iteration {iteration}"
-        rollout = self._ask(asked, rows, None, place, "held out", HELD_OUT_STREAM)
+        rollout = self.interviewer.held_out_answers(iteration)
         if self.runtime.is_main:
             self.texts.write(rollout, iteration)
         metrics = rollout_metrics(rollout, self.section.kl, self.runtime.all_sum)
@@ -325,57 +293,10 @@ class Training:
             **{name: ended[name] for name in ("kl", "eos_rate", "kl_coef") if name in ended},
             **({"rollbacks": self.rollbacks} if self.rollbacks else {}),
             **({"stopped": stopped} if stopped else {}),
-            **self.cuts,
+            **self.interviewer.cuts,
         }
 
     # --- parts ---
-
-    def _tokenise_prompts(self) -> dict[str, int]:
-        """Encode every prompt that the run asks, once; returns how many were cut."""
-        codec = self.models.policy.codec
-        codec.counts.clear()
-        for prompt in (
-            *self.order.asked(self.section.iterations, self.section.rollout),
-            *self.held_out,
-        ):
-            self.prompt_ids(prompt.prompt)
-        return self.context.report_cuts(codec)
-
-    def _ask(
-        self,
-        prompts: Sequence[Prompt],
-        indices: Sequence[int],
-        value: Handle | None,
-        place: str,
-        seed: str,
-        stream: int,
-    ) -> Rollout:
-        """Sample and score responses to `prompts`; all processes raise if one has to."""
-
-        agree = partial(together, runtime=self.runtime)
-
-        def work() -> Rollout:
-            rollout = collect(
-                self.models.policy,
-                self.models.reference,
-                value,
-                self.engine,
-                self.rewards,
-                prompts,
-                [self.prompt_ids(prompt.prompt) for prompt in prompts],
-                indices,
-                self.section.rollout,
-                seed=self.runtime.seed(seed),
-                stream=stream,
-                reward_clip=self.section.advantage.reward_clip,
-                agree=agree,
-            )
-            agree(lambda: refuse_not_finite(rollout))
-            return rollout
-
-        codec = self.models.policy.codec
-        with self.runtime.autocast():
-            return with_texts(work, place, prompts, indices, codec)
 
     def _demonstrations(self) -> list[Ragged]:
         if not self.section.optim.ptx_coef:

@@ -22,10 +22,10 @@ from pipeline.out_of_memory import halving, release_freed_memory
 from pipeline.saved_rows import Saved
 from pipeline.tensors import masked_sum
 from stages.ppo.actor_critic import ActorCritic
-from stages.ppo.config import PpoOptimSection
 from stages.ppo.controllers import schedule_factor
 from stages.ppo.experience import Experience
 from stages.ppo.faults import demonstration_fault, gradient_fault, loss_fault
+from stages.ppo.learning_config import PpoOptimSection
 from stages.ppo.losses import SUMS, losses, together
 
 Ragged = tuple[list[int], list[int]]  # prompt ids, response ids

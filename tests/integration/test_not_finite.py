@@ -202,9 +202,9 @@ def test_logits_leave_what_was_written_before_them(place, monkeypatch, engine):
 
 @pytest.mark.parametrize("what", ["ref_logprobs", "values"])
 def test_numbers_of_a_rollout_are_named_before_they_spread(place, monkeypatch, what):
-    from stages.ppo import run
+    from stages.ppo import interviewer
 
-    own = run.collect
+    own = interviewer.collect
 
     def collect(*arguments, **settings):
         rollout = own(*arguments, **settings)
@@ -212,7 +212,7 @@ def test_numbers_of_a_rollout_are_named_before_they_spread(place, monkeypatch, w
             getattr(rollout, what)[2, 0] = math.nan
         return rollout
 
-    monkeypatch.setattr(run, "collect", collect)
+    monkeypatch.setattr(interviewer, "collect", collect)
     output = rlhf("ppo", *PPO, code=2)
     assert f"ppo, rollouts of iteration 3: {what} of 1 responses are not finite" in output
     (row,) = left(place / "runs/r/ppo", output)["rows"]

@@ -123,7 +123,10 @@ def test_a_killed_run_that_rolled_back_goes_on_as_if_it_had_not_been(
         kill_before(patch, iteration, call)
         with pytest.raises(Killed):
             rlhf("ppo", "run.name=r", *more)
-    assert f"going on after step {step}" in rlhf("ppo", "run.name=r", *more)
+    # The newest state may still be under way in the background when the kill comes.
+    steps = [step] if background == "false" else [step, step - 2]
+    output = rlhf("ppo", "run.name=r", *more)
+    assert any(f"going on after step {number}" in output for number in steps), output
     assert_same(place / "runs/r/ppo", place / "runs/whole/ppo")
 
 

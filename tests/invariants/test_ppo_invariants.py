@@ -13,9 +13,9 @@ from pipeline.errors import TrainingError
 from pipeline.inference import infer
 from pipeline.models.joiner import DecoderJoiner
 from pipeline.models.trunk import tensors_hash
-from stages.ppo.config import RolloutSection
 from stages.ppo.experience import Experience, rollout_metrics
 from stages.ppo.rollout import PromptOrder, Rollout
+from stages.ppo.rollout_config import RolloutSection
 from stages.ppo.samples import SampleFiles
 from tests.tiny_ppo import PROMPTS, TinyPpo
 

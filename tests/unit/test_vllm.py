@@ -14,8 +14,8 @@ from pipeline.generation import NativeEngine, Sampling
 from pipeline.generation.json_http import ServerFault
 from pipeline.generation.vllm import row_seed
 from pipeline.models.trunk import Handle
-from stages.ppo.config import KlSection
 from stages.ppo.experience import rollout_metrics
+from stages.ppo.learning_config import KlSection
 from tests.tiny_ppo import TinyPpo
 from tests.tiny_vllm import GREEDY, PROMPTS, engine_of, make_policy, step
 from tests.vllm_stand_in import StandIn
