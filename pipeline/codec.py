@@ -34,6 +34,9 @@ _SENTINELS = re.compile("\ue000(\\d+)\ue001")
 class Codec:
     """A tokenizer with the run's limits, stop ids and way of rendering prompts.
 
+    Of an encoder-decoder, a prompt is a whole text of the encoder's: it has all the special tokens
+    that the tokenizer puts round one, and a response begins with those that it puts before one.
+
     `stop_ids` end a response; `end_id` is the one of them that training appends. `pad_id` only
     fills tensors: ends are known by lengths, never by looking for a pad. `counts` tells how many
     prompts and responses were cut to their limits.
@@ -44,6 +47,7 @@ class Codec:
         tokenizer: Any,
         *,
         stop_ids: frozenset[int] = frozenset(),
+        encoder_decoder: bool = False,
         chat_template: str = "auto",
         max_prompt_tokens: int = 512,
         max_response_tokens: int = 512,
@@ -54,6 +58,8 @@ class Codec:
                 "could never end. Set eos_token in its tokenizer_config.json."
             )
         self.tokenizer = tokenizer
+        self.encoder_decoder = encoder_decoder
+        self._opening, self._closing = _round_a_text(tokenizer) if encoder_decoder else ([], [])
         self.chat_template = chat_template
         self.max_prompt_tokens = max_prompt_tokens
         self.max_response_tokens = max_response_tokens
@@ -76,18 +82,25 @@ class Codec:
 
         Prompts longer than `max_prompt_tokens` keep their end (and BOS): the last turn matters.
         """
-        turns = self._turns(prompt)
-        if turns is None:
-            ids = self.tokenizer.encode(prompt, split_special_tokens=True)
-            if ids and ids[-1] == self.tokenizer.eos_token_id:
-                ids = ids[:-1]  # some tokenizers close every text; a prompt must stay open
-        else:
-            ids = self._encode_turns(turns)
+        ids = self._rendered_ids(prompt)
         if len(ids) <= self.max_prompt_tokens:
             return ids
         self.counts[PROMPTS_CUT] += 1
         keep_bos = ids[:1] if ids[0] == self.tokenizer.bos_token_id else []
         return keep_bos + ids[len(ids) - self.max_prompt_tokens + len(keep_bos) :]
+
+    def _rendered_ids(self, prompt: PromptText) -> list[int]:
+        """Token ids of a whole prompt, whatever its length."""
+        turns = self._turns(prompt)
+        if turns is not None:
+            ids = self._encode_turns(turns)
+        elif self.encoder_decoder:
+            ids = self.tokenizer.encode(prompt, add_special_tokens=False, split_special_tokens=True)
+        else:
+            ids = self.tokenizer.encode(prompt, split_special_tokens=True)
+            if ids and ids[-1] == self.tokenizer.eos_token_id:
+                ids = ids[:-1]  # some tokenizers close every text; a prompt must stay open
+        return [*self._opening, *ids, *self._closing]
 
     def response_ids(self, text: str, conversation: bool = False) -> list[int]:
         """Token ids of a response, closed by `end_id`; cut without it at `max_response_tokens`.
@@ -99,6 +112,7 @@ class Codec:
         ids = self.tokenizer.encode(
             lead + text, add_special_tokens=False, split_special_tokens=True
         )
+        ids = [*self._opening, *ids]
         if len(ids) < self.max_response_tokens:
             return [*ids, self.end_id]
         self.counts[RESPONSES_CUT] += 1
@@ -161,6 +175,7 @@ class Codec:
         self.save_tokenizer(folder)
         settings = {
             "stop_ids": sorted(self.stop_ids),
+            "encoder_decoder": self.encoder_decoder,
             "chat_template": self.chat_template,
             "template_source": self.template_source,
             "rendered_turns": self._rendered_turns,
@@ -181,6 +196,7 @@ class Codec:
         codec = cls(
             tokenizer,
             stop_ids=frozenset(settings["stop_ids"]),
+            encoder_decoder=settings.get("encoder_decoder", False),
             chat_template=settings["chat_template"],
             max_prompt_tokens=settings["max_prompt_tokens"],
             max_response_tokens=settings["max_response_tokens"],
@@ -246,3 +262,11 @@ class Codec:
         lead = head.removeprefix(before) if head.startswith(before) else ""
         after = self.tokenizer.encode(tail, add_special_tokens=False) if tail else []
         return lead, next((id_ for id_ in after if id_ in self.stop_ids), default_end)
+
+
+def _round_a_text(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The special tokens that a tokenizer puts before a text, and those that it puts after."""
+    bare = tokenizer.encode("a", add_special_tokens=False)
+    whole = tokenizer.encode("a")
+    before = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
+    return whole[:before], whole[before + len(bare) :]

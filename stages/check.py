@@ -23,7 +23,7 @@ from pipeline.data.formats import Kind
 from pipeline.data.screen import data_table
 from pipeline.errors import ModelError, PipelineError
 from pipeline.models.adapters import adapter_parameters, add_adapter, lora_config
-from pipeline.models.empty import empty_decoder
+from pipeline.models.empty import empty_model
 from pipeline.models.loading import explain_load_errors, quantised_loading
 from pipeline.models.store import find_artifact
 from pipeline.rewards.sources import load_function
@@ -189,7 +189,7 @@ def _artifact(folder: Path, stage: str) -> str:
 
 def _built(config: RunConfig) -> str:
     """The small model of `model.architecture`, built without memory. Raises ConfigError."""
-    return f"random weights, {_size(empty_decoder(config.model), config)}"
+    return f"random weights, {_size(empty_model(config.model), config)}"
 
 
 def _decoder(path: str, config: RunConfig) -> str:
@@ -200,7 +200,7 @@ def _decoder(path: str, config: RunConfig) -> str:
     revision = section.revision if path == section.path else None
     accelerated = config.run.device != "cpu" and torch.cuda.is_available()
     quantised_loading(section, torch.device("cuda" if accelerated else "cpu"))
-    model = empty_decoder(section.model_copy(update={"quantization": "none"}), path)
+    model = empty_model(section.model_copy(update={"quantization": "none"}), path)
     shape = model.config
     _check_weights(Path(path))
     with explain_load_errors(path, revision):

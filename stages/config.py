@@ -120,8 +120,20 @@ class RunConfig(Section):
             ModelError: the model called `name` has fewer positions than the longest of them.
         """
         limit = getattr(architecture.get_text_config(), "max_position_embeddings", None)
+        if limit is None:
+            return
+        if architecture.is_encoder_decoder:
+            # Each side has all positions; the decoder's first is its start token's.
+            sides = {"data.max_prompt_tokens": self.data.max_prompt_tokens} | self.response_limits()
+            field, longest = max(sides.items(), key=lambda item: item[1])
+            if longest + 1 > limit:
+                raise ModelError(
+                    f"{name} has {limit} positions on each side but {field} is {longest}: lower it "
+                    f"to {limit - 1}"
+                )
+            return
         total, sum_ = self._longest_sequence()
-        if limit is not None and total > limit:
+        if total > limit:
             raise ModelError(f"{name} has {limit} positions but {sum_} tokens: lower one of them")
 
     def _longest_sequence(self) -> tuple[int, str]:

@@ -15,7 +15,7 @@ from torch import nn
 
 from pipeline.config import function_reference
 from pipeline.models import adapters
-from pipeline.models.empty import empty_decoder
+from pipeline.models.empty import empty_model
 from pipeline.models.footprint import Footprint, Roles, expected
 from pipeline.models.loading import explain_load_errors, torch_dtype
 from pipeline.models.store import HANDLE, ModelStore, find_artifact
@@ -155,7 +155,7 @@ class Rehearsal:
         return self._bases[key]
 
     def _load(self, path: str) -> Handle:
-        model = empty_decoder(self.config.model, path or None)
+        model = empty_model(self.config.model, path or None)
         trunk = Trunk(model, BaseOrigin(path, path))
         trunk.freeze()
         return Handle(trunk, Role("base"), cast(Any, None))  # no text, so no codec

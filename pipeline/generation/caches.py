@@ -43,6 +43,8 @@ def needs_static_batches(config: Any) -> str | None:
     from transformers.cache_utils import get_layer_types_and_kwargs
 
     name = config.model_type
+    if config.is_encoder_decoder:
+        return f"{name} is an encoder-decoder: its decoder attends to the encoder's states, too"
     try:
         layers = set(get_layer_types_and_kwargs(config.get_text_config(decoder=True))[0])
     except (AttributeError, ValueError) as error:
@@ -59,7 +61,9 @@ def needs_static_batches(config: Any) -> str | None:
 
 
 def takes_padding(config: Any) -> bool:
-    """Whether prompts of different lengths can share a left-padded batch."""
+    """Whether prompts of different lengths can share a padded batch."""
+    if config.is_encoder_decoder:  # encoders take a mask
+        return True
     family = config.get_text_config(decoder=True).model_type
     return family in PADDED_FAMILIES or needs_static_batches(config) is None
 

@@ -21,7 +21,7 @@ from pipeline.models.trunk import Handle
 
 
 class StaticEngine:
-    """Prompts sorted by length, in left-padded batches of `max_rows` rows, beams included.
+    """Prompts sorted by length, in padded batches of `max_rows` rows, beams included.
 
     Prompts of unequal length share no batch on models that do not heed padding (`takes_padding`).
     It tells no log-probs: transformers' are float32 and of warped logits.
@@ -86,11 +86,13 @@ def _generate_batch(
     """The responses, stop tokens included; `rows` name the prompts in errors."""
     from transformers import GenerationConfig
 
-    codec = handle.codec
+    codec, architecture = handle.codec, handle.trunk.model.config
     device = handle.trunk.device
-    width = max(map(len, prompts))
-    ids = [[codec.pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]
-    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    two_sides = architecture.is_encoder_decoder
+    ids, mask = _padded(prompts, codec.pad_id, on_the_right=two_sides)
+    # Columns before the response: the prompt's, or the token that a decoder behind an encoder
+    # begins with.
+    width = 1 if two_sides else len(ids[0])
     watch = _Watch(len(prompts), width, sampling.num_beams, device)
     written = handle.write(
         torch.tensor(ids, device=device),
@@ -101,6 +103,7 @@ def _generate_batch(
             do_sample=False,  # the noise draws, see `_Noise`
             eos_token_id=sorted(codec.stop_ids),
             pad_token_id=codec.pad_id,
+            decoder_start_token_id=architecture.decoder_start_token_id if two_sides else None,
         ),
         logits_processor=[watch, *_warpers(handle, sample_indices, width, sampling)],
     )
@@ -112,6 +115,19 @@ def _generate_batch(
     if bad:
         raise logits_not_finite(bad, handle)
     return responses
+
+
+def _padded(
+    prompts: Sequence[Sequence[int]], pad_id: int, *, on_the_right: bool
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Ids and mask of prompts, (B, P) each; a decoder goes on from the last column."""
+    width = max(map(len, prompts))
+    ids, mask = [], []
+    for prompt in prompts:
+        rest, real = width - len(prompt), list(prompt)
+        ids.append(real + [pad_id] * rest if on_the_right else [pad_id] * rest + real)
+        mask.append([1] * len(real) + [0] * rest if on_the_right else [0] * rest + [1] * len(real))
+    return ids, mask
 
 
 def _until_stop(tokens: list[int], stop_ids: frozenset[int]) -> list[int]:

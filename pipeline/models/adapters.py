@@ -50,7 +50,7 @@ def add_adapter(model: Any, name: str, config: "LoraConfig") -> None:
     All adapters of a model take the targets of the first one: `all-linear` resolved again on a
     model that has adapters would find their own matrices.
     """
-    from peft import inject_adapter_in_model
+    from peft import TaskType, inject_adapter_in_model
 
     from pipeline.models.lean_lora import slim
 
@@ -66,6 +66,8 @@ def add_adapter(model: Any, name: str, config: "LoraConfig") -> None:
             f"lora.target_modules={config.target_modules!r} do not fit "
             f"{type(model).__name__}: {error}"
         ) from error
+    if model.config.is_encoder_decoder:  # what plain peft makes of it: the class that generates
+        config.task_type = TaskType.SEQ_2_SEQ_LM
     model.peft_config = {**existing, name: config}
     slim(model)
     model.__dict__.pop(_LAYERS, None)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pipeline.batches import TokenBatch
+from pipeline.errors import ModelError
 from pipeline.models import sequence_attention
 
 
@@ -19,11 +20,16 @@ from pipeline.models import sequence_attention
 class Joined:
     """Model inputs with the places of the response in them (T positions a row), on the host."""
 
-    inputs: dict[str, Tensor]  # keyword arguments of the model's forward, (B, T) or (1, N) each
+    inputs: dict[str, Tensor]  # keyword arguments of `passes.body`, (B, T) or (1, N) each
     rows: Tensor  # (B,): row of the model's input in which a sample lies
     predictors: Tensor  # (B, R): position whose hidden state predicts response token t
     last: Tensor  # (B,): position of the last response token
     lengths: list[int] | None = None  # of a packed row's sequences, if its attention is told them
+
+    @property
+    def width(self) -> int:
+        """T: positions of which the decoder makes a state, in each row."""
+        return self.inputs.get("decoder_input_ids", self.inputs["input_ids"]).shape[1]
 
 
 class DecoderJoiner:
@@ -125,12 +131,49 @@ class PackedJoiner:
         return Joined(inputs, torch.zeros_like(lengths), predictors, starts + lengths - 1, told)
 
 
-def make_joiner(model: Any) -> DecoderJoiner | PackedJoiner:
+class EncoderDecoderJoiner:
+    """The encoder reads the prompt, the decoder the response behind the model's start token.
+
+    The decoder reads all R tokens, so that there is a state at the last one for scores.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.takes_positions = False
+        start = model.config.decoder_start_token_id
+        if start is None:
+            raise ModelError(
+                f"{type(model).__name__} has no decoder_start_token_id, so its decoder could not "
+                "begin: set it in its config.json"
+            )
+        self.start = int(start)
+
+    def __call__(self, batch: TokenBatch) -> Joined:
+        """Join B prompts (B, P) and responses: T = R + 1 positions of the decoder."""
+        columns = torch.arange(batch.prompt_ids.shape[1])
+        mask = columns < batch.prompt_lengths.unsqueeze(1)
+        rows = torch.arange(len(batch))
+        start = torch.full((len(batch), 1), self.start)
+        inputs = {
+            "input_ids": batch.prompt_ids,
+            # On the right: BART counts positions from the first column, mask or no mask.
+            "attention_mask": mask.long(),
+            "decoder_input_ids": torch.cat([start, batch.response_ids], 1),
+        }
+        predictors = torch.arange(batch.response_ids.shape[1]).expand_as(batch.response_ids)
+        return Joined(inputs, rows, predictors, batch.response_lengths)
+
+
+Joiner = DecoderJoiner | PackedJoiner | EncoderDecoderJoiner
+
+
+def make_joiner(model: Any) -> Joiner:
     """The joiner of a model: packed where its attention can keep packed sequences apart.
 
     On a processor `sdpa` is told the sequences' lengths; elsewhere, and in narrow models, attention
     once a sequence would be many small calls.
     """
+    if model.config.is_encoder_decoder:
+        return EncoderDecoderJoiner(model)
     family = model.config.model_type
     if family in TELLING_FAMILIES:
         is_wide = model.config.hidden_size >= sequence_attention.WORTH_IT_FROM

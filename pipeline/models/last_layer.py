@@ -87,7 +87,7 @@ def choose_places(reads: Reads, joined: Joined, hidden_size: int) -> Places | No
     """
     if joined.lengths is not None:
         return _places_in_sequences(reads, torch.tensor(joined.lengths), hidden_size)
-    width = joined.inputs["input_ids"].shape[1]
+    width = joined.width
     (rows_n, per_row), number = reads.columns.shape, len(reads.order)
     padded = rows_n * per_row * (6 * hidden_size + width)
     flat = number * (6 * hidden_size + rows_n * width)

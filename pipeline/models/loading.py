@@ -28,15 +28,15 @@ def torch_dtype(name: str) -> torch.dtype:
 def load_pretrained(
     section: ModelSection, path: str, revision: str | None, device: torch.device
 ) -> tuple[Any, Any]:
-    """A decoder and its tokenizer from a Hub id or a local folder.
+    """A language model and its tokenizer from a Hub id or a local folder.
 
     A quantised one (`model.quantization`) lies on `device`; others lie in main memory.
 
     Raises:
-        ModelError: missing, gated, unsafe (pickled weights), of an architecture that PPO cannot
-            train, or not to be quantised here; says what to do.
+        ModelError: missing, gated, unsafe (pickled weights), of an architecture that is none, or
+            not to be quantised here; says what to do.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     options: dict[str, Any] = {
         "revision": revision or "main",
@@ -46,7 +46,7 @@ def load_pretrained(
     with explain_load_errors(path, revision), without_bars():
         config = load_config(section, path, revision)
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
-        model = AutoModelForCausalLM.from_pretrained(
+        model = language_model(config).from_pretrained(
             path,
             config=config,
             dtype=torch_dtype(section.dtype),
@@ -128,41 +128,55 @@ def is_quantised(model: Any) -> bool:
 
 
 def load_config(section: ModelSection, path: str, revision: str | None) -> Any:
-    """The architecture's config of a Hub id or folder; refuses what is not a decoder."""
+    """The architecture's config of a Hub id or folder."""
     from transformers import AutoConfig
 
     with explain_load_errors(path, revision):
-        config = AutoConfig.from_pretrained(
+        return AutoConfig.from_pretrained(
             path, revision=revision or "main", trust_remote_code=section.trust_remote_code
         )
-    if config.is_encoder_decoder:
-        raise ModelError(
-            f"{path} is an encoder-decoder ({config.model_type}); policies are decoder-only "
-            "models for now"
-        )
-    return config
+
+
+def language_model(config: Any) -> Any:
+    """The Auto class of a config: of decoders, or of encoder-decoders."""
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+
+
+# Where architectures call the fields of `model.architecture` by other names, for which their
+# configs have no synonym.
+_OTHER_NAMES = {
+    "num_hidden_layers": ("decoder_layers", "num_decoder_layers"),
+    "num_attention_heads": ("decoder_attention_heads",),
+    "intermediate_size": ("d_ff", "encoder_ffn_dim", "decoder_ffn_dim"),
+}
 
 
 def build_from_config(section: ArchitectureSection, tokenizer: Any, dtype: torch.dtype) -> Any:
-    """A decoder with random weights for a tokenizer's vocabulary (torch's global RNG).
+    """A language model with random weights for a tokenizer's vocabulary (torch's global RNG).
 
     Raises:
         ConfigError: the architecture does not exist, or its fields do not fit one another.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     if section.model_type not in CONFIG_MAPPING:
         raise ConfigError(
             f"model.architecture.model_type={section.model_type!r} is not an architecture of "
-            "transformers; small ones that work here: llama, qwen3, gpt_neox, gpt2, phi"
+            "transformers; small ones that work here: llama, qwen3, gpt_neox, gpt2, phi, t5, bart"
         )
     fields = section.model_dump(exclude={"model_type", "extra"})
     known = inspect.signature(CONFIG_MAPPING[section.model_type].__init__).parameters
     if "num_key_value_heads" in known:
         fields["num_key_value_heads"] = section.num_attention_heads
-    if "head_dim" in known:
-        fields["head_dim"] = section.hidden_size // section.num_attention_heads
+    for name in {"head_dim", "d_kv"} & known.keys():
+        fields[name] = section.hidden_size // section.num_attention_heads
+    for name, others in _OTHER_NAMES.items():
+        fields |= {other: fields[name] for other in others if other in known}
+    if CONFIG_MAPPING[section.model_type].is_encoder_decoder:
+        fields["decoder_start_token_id"] = tokenizer.pad_token_id
     fields |= section.extra
     config = AutoConfig.for_model(
         section.model_type,
@@ -173,7 +187,7 @@ def build_from_config(section: ArchitectureSection, tokenizer: Any, dtype: torch
         **fields,
     )
     try:
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = language_model(config).from_config(config, dtype=dtype)
         lean_layers.slim(model)
         return model
     except (ValueError, RuntimeError, AssertionError) as error:

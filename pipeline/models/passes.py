@@ -1,8 +1,9 @@
-"""How a pass goes through a transformers decoder: its body, its tail, and recomputation.
+"""How a pass goes through a transformers model: its body, its tail, and recomputation.
 
-The *body* turns tokens into final hidden states; the *tail* is all that the model does after it:
-output layer, soft-capping, logit scaling. Calling them apart makes logits only where they are
-wanted, and leaves what the tail does the model's business.
+The *body* turns tokens into final hidden states: a decoder, behind an encoder where the model has
+one. The *tail* is all that the model does after it: output layer, soft-capping, logit scaling.
+Calling them apart makes logits only where they are wanted, and leaves what the tail does the
+model's business.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,24 +17,48 @@ from torch import Tensor, nn
 from pipeline.models.adapters import activate
 
 
-def body(model: Any) -> Any:
+def decoder(model: Any) -> Any:
     """The module whose `last_hidden_state` the output layer reads."""
     return model.get_decoder()
+
+
+def body(model: Any, input_ids: Tensor, **inputs: Any) -> Any:
+    """What the decoder returns, its final hidden states among it; nothing is cached.
+
+    `inputs` are a joiner's. Of an encoder-decoder `input_ids` (B, P) and `attention_mask` are the
+    encoder's, and `decoder_input_ids` (B, T) the decoder's.
+    """
+    if not model.config.is_encoder_decoder:
+        return decoder(model)(input_ids=input_ids, **inputs, use_cache=False)
+    mask = inputs["attention_mask"]
+    encoded = model.get_encoder()(input_ids=input_ids, attention_mask=mask)
+    return decoder(model)(
+        input_ids=inputs["decoder_input_ids"],
+        encoder_hidden_states=encoded.last_hidden_state,
+        encoder_attention_mask=mask,
+        use_cache=False,
+    )
 
 
 def tail(model: Any, states: Any, hidden: Tensor) -> Tensor:
     """Logits (B, S, V) of final hidden states (B, S, d), as the model itself makes them.
 
-    `states` is what the body returned. The model's own `forward` runs, with a body that hands over
-    `hidden` in its place.
+    `states` is what the body returned. The model's own `forward` runs, with a decoder that hands
+    over `hidden` in its place.
     """
-    inner = body(model)
+    from transformers.modeling_outputs import BaseModelOutput
+
+    inner = decoder(model)
     states.last_hidden_state = hidden
     own = inner.__dict__.get("forward")
     inner.forward = lambda *_args, **_kwargs: states
     try:
         placeholder = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
-        logits: Tensor = model(input_ids=placeholder, use_cache=False).logits
+        inputs: dict[str, Any] = {"input_ids": placeholder}
+        if model.config.is_encoder_decoder:
+            encoded = BaseModelOutput(last_hidden_state=hidden)  # there is no need of an encoder
+            inputs = {"decoder_input_ids": placeholder, "encoder_outputs": encoded}
+        logits: Tensor = model(**inputs, use_cache=False).logits
         return logits
     finally:
         del inner.forward

@@ -66,8 +66,7 @@ class ModelStore:
             assert self.section.path is not None
             path, revision = self.section.path, self.section.revision
         trunk, tokenizer = self._load_base(path, revision)
-        codec = self._codec(tokenizer, loading.stop_ids(trunk.model))
-        return Handle(trunk, Role("base"), codec)
+        return Handle(trunk, Role("base"), self._codec(tokenizer, trunk.model))
 
     def build(self, texts: list[str]) -> Handle:
         """A small model with random weights and a tokenizer trained on `texts` (init: config)."""
@@ -77,7 +76,7 @@ class ModelStore:
         )
         trunk = Trunk(model, BaseOrigin("model.architecture", "random")).place(self.device)
         trunk.freeze()
-        return Handle(trunk, Role("base"), self._codec(tokenizer, frozenset()))
+        return Handle(trunk, Role("base"), self._codec(tokenizer, model))
 
     def resolve(self, resource: str, stage: str) -> Handle:
         """The handle that a user names: a run, an artifact, a PEFT adapter, a model, a Hub id.
@@ -259,10 +258,11 @@ class ModelStore:
 
     # --- inside ---
 
-    def _codec(self, tokenizer: Any, stop_ids: frozenset[int]) -> Codec:
+    def _codec(self, tokenizer: Any, model: Any) -> Codec:
         return Codec(
             tokenizer,
-            stop_ids=stop_ids,
+            stop_ids=loading.stop_ids(model),
+            encoder_decoder=model.config.is_encoder_decoder,
             chat_template=self.section.chat_template,
             max_prompt_tokens=self.data.max_prompt_tokens,
             max_response_tokens=self.data.max_response_tokens,

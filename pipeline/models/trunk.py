@@ -27,7 +27,7 @@ from pipeline.models.calls import DecodeOutput, DecodeStep, TrunkOutput, Writing
 from pipeline.models.heads import ScalarHead
 from pipeline.models.joiner import PackedJoiner, make_joiner
 from pipeline.models.last_layer import Reads, choose_places, last_layer_at, selective_layer
-from pipeline.models.passes import body, recomputed, recomputing, row_by_row, tail
+from pipeline.models.passes import body, decoder, recomputed, recomputing, row_by_row, tail
 from pipeline.tensors import entropy, scatter, send, token_logprobs, widen
 
 # Elements of the logits in memory at a time: 64 MiB in float32.
@@ -137,7 +137,6 @@ class Trunk(nn.Module):
         joined = self.joiner(batch)
         reads = Reads.of(joined, batch.response_mask, of_tokens, of_last)
         inputs: dict[str, Any] = {n: send(x, self.device) for n, x in joined.inputs.items()}
-        width = joined.inputs["input_ids"].shape[1]
         if joined.lengths is not None:
             inputs |= sequence_attention.arguments(joined.lengths, self.device)
         (layer,), places = self.last_layer, None
@@ -152,11 +151,12 @@ class Trunk(nn.Module):
             if layer is not None and places is not None:
                 at = last_layer_at(layer, places.to(self.device), again if recomputes else None)
                 stack.enter_context(at)
-            states = body(self.model)(**inputs, use_cache=False)
+            states = body(self.model, **inputs)
         hidden_md = states.last_hidden_state.flatten(0, 1)
         if places is None:
-            columns = (joined.rows.unsqueeze(1) * width + reads.columns).flatten()[reads.order]
-            hidden_md = hidden_md.index_select(0, send(columns, self.device))
+            places_bs = joined.rows.unsqueeze(1) * joined.width + reads.columns
+            wanted = places_bs.flatten()[reads.order]
+            hidden_md = hidden_md.index_select(0, send(wanted, self.device))
         elif not places.is_flat:
             hidden_md = hidden_md.index_select(0, send(reads.order, self.device))
         tokens = len(reads.order) - of_last * len(batch)
@@ -216,7 +216,7 @@ class Trunk(nn.Module):
             inputs["attention_mask"] = step.attention_mask
         if self.joiner.takes_positions:
             inputs["position_ids"] = step.position_ids
-        states = body(self.model)(**inputs, past_key_values=step.cache, use_cache=True)
+        states = decoder(self.model)(**inputs, past_key_values=step.cache, use_cache=True)
         last = states.last_hidden_state[:, -1:]  # logits only where a token is sampled
         values = None if role.head is None else self._head(role)(last.squeeze(1))
         logits = tail(self.model, states, last).squeeze(1)

@@ -16,18 +16,22 @@ Template = Literal["own", "plain", "none"]  # the base tokenizer's chat template
 BESIDE = "./base"  # how an adapter names the base that is exported beside it
 
 _LOAD_MODEL = """\
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto_class}, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{folder}", dtype="{dtype}")
+model = {auto_class}.from_pretrained("{folder}", dtype="{dtype}")
 tokenizer = AutoTokenizer.from_pretrained("{folder}")"""
 _LOAD_ADAPTER = """\
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto_class}, AutoTokenizer
 
-base = AutoModelForCausalLM.from_pretrained("{base}"{revision}, dtype="{dtype}")
+base = {auto_class}.from_pretrained("{base}"{revision}, dtype="{dtype}")
 model = PeftModel.from_pretrained(base, "{folder}")
 tokenizer = AutoTokenizer.from_pretrained("{folder}")"""
 
+_PIPELINE = {
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForSeq2SeqLM": "text2text-generation",
+}
 _TITLE = {
     "adapter": "RLHF policy (LoRA adapter)",
     "base": "Base of an RLHF policy",
@@ -79,6 +83,7 @@ class CardFacts:
     steps: str  # what the run did, in words
     base: Base | None  # of the adapter; None where none is exported
     dtype: str
+    auto_class: str  # of transformers, which loads the model
     data: tuple[Data, ...]
     report: str  # Markdown of the evaluation, with headings of its own
     stop_tokens: tuple[str, ...]
@@ -125,7 +130,7 @@ def _header(facts: CardFacts) -> dict[str, Any]:
     elif facts.start_hub_id:
         header["base_model"] = facts.start_hub_id
     header["library_name"] = "peft" if facts.form == "adapter" else "transformers"
-    header["pipeline_tag"] = "text-generation"
+    header["pipeline_tag"] = _PIPELINE[facts.auto_class]
     header["tags"] = ["rlhf", "sft"] if facts.form == "base" else ["rlhf", "ppo"]
     if facts.form == "adapter":
         header["tags"].append("lora")
@@ -138,11 +143,15 @@ def _header(facts: CardFacts) -> dict[str, Any]:
 def _loading(facts: CardFacts) -> str:
     folder = f"./{facts.form}"
     if facts.form != "adapter":
-        return _LOAD_MODEL.format(folder=folder, dtype=facts.dtype)
+        return _LOAD_MODEL.format(folder=folder, dtype=facts.dtype, auto_class=facts.auto_class)
     assert facts.base is not None
     revision = f', revision="{facts.base.revision}"' if facts.base.revision else ""
     return _LOAD_ADAPTER.format(
-        base=facts.base.path, revision=revision, folder=folder, dtype=facts.dtype
+        base=facts.base.path,
+        revision=revision,
+        folder=folder,
+        dtype=facts.dtype,
+        auto_class=facts.auto_class,
     )
 
 

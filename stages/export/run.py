@@ -26,7 +26,7 @@ from typing import Any
 from pipeline.config import resource_path
 from pipeline.errors import ModelError
 from pipeline.models import adapters
-from pipeline.models.loading import is_quantised, without_bars
+from pipeline.models.loading import is_quantised, language_model, without_bars
 from pipeline.models.store import HANDLE, ModelStore
 from pipeline.models.trunk import Handle
 from pipeline.runfolder import (
@@ -178,6 +178,7 @@ def _facts(
         steps=_steps(config),
         base=base,
         dtype=config.model.dtype,
+        auto_class=language_model(policy.trunk.model.config).__name__,
         data=_data(read_json(context.run.data_json)),
         report=(evaluation / "report.md").read_text(encoding="utf-8"),
         stop_tokens=tuple(codec.tokenizer.convert_ids_to_tokens(sorted(codec.stop_ids))),

@@ -82,7 +82,14 @@ def open_start(context: Context) -> Handle:
     else:
         start = context.store.resolve(resource, "sft")
     name = f"ppo.policy {resource}" if resource else "the SFT model"
-    context.config.check_positions(name, start.trunk.model.config)
+    architecture = start.trunk.model.config
+    context.config.check_positions(name, architecture)
+    if context.config.ppo.rollout.engine == "vllm" and architecture.is_encoder_decoder:
+        raise ModelError(
+            f"ppo.rollout.engine is vllm, but {name} is an encoder-decoder "
+            f"({architecture.model_type}), which vLLM does not serve with adapters: set "
+            "ppo.rollout.engine to native"
+        )
     return start.with_role("policy", head=None)
 
 
