@@ -59,15 +59,15 @@ class Codec:
             )
         self.tokenizer = tokenizer
         self.encoder_decoder = encoder_decoder
-        self._opening, self._closing = _round_a_text(tokenizer) if encoder_decoder else ([], [])
+        self._opening, self._closing = _round_a_text(tokenizer)
         self.chat_template = chat_template
         self.max_prompt_tokens = max_prompt_tokens
         self.max_response_tokens = max_response_tokens
         self.counts: Counter[str] = Counter()
         # Not `all_special_tokens`, which are the named ones: Llama 3's header tokens have no name.
-        self._specials = {
-            token.content for token in tokenizer.added_tokens_decoder.values() if token.special
-        }
+        special = {i: t for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+        self._specials = {token.content for token in special.values()}
+        self._special_ids = special.keys() - {tokenizer.unk_token_id}
         self.template_source = "tokenizer" if tokenizer.chat_template else "plain"
         self._string_as_turn = chat_template == "auto" and bool(tokenizer.chat_template)
         self._template = tokenizer.chat_template or PLAIN_CHAT_TEMPLATE
@@ -92,15 +92,19 @@ class Codec:
     def _rendered_ids(self, prompt: PromptText) -> list[int]:
         """Token ids of a whole prompt, whatever its length."""
         turns = self._turns(prompt)
-        if turns is not None:
-            ids = self._encode_turns(turns)
-        elif self.encoder_decoder:
-            ids = self.tokenizer.encode(prompt, add_special_tokens=False, split_special_tokens=True)
-        else:
-            ids = self.tokenizer.encode(prompt, split_special_tokens=True)
-            if ids and ids[-1] == self.tokenizer.eos_token_id:
-                ids = ids[:-1]  # some tokenizers close every text; a prompt must stay open
-        return [*self._opening, *ids, *self._closing]
+        # A decoder's template has its own opening, and a decoder goes on from what stays open.
+        opening = self._opening if turns is None or self.encoder_decoder else []
+        closing = self._closing if self.encoder_decoder else []
+        ids = self._plain_ids(str(prompt)) if turns is None else self._encode_turns(turns)
+        return [*opening, *ids, *closing]
+
+    def _plain_ids(self, text: str) -> list[int]:
+        """Token ids of text that people wrote: no special token is among them."""
+        ids: list[int] = self.tokenizer.encode(
+            text, add_special_tokens=False, split_special_tokens=True
+        )
+        # Unigram tokenizers know their special tokens as pieces of text, too: those are left out.
+        return [id_ for id_ in ids if id_ not in self._special_ids]
 
     def response_ids(self, text: str, conversation: bool = False) -> list[int]:
         """Token ids of a response, closed by `end_id`; cut without it at `max_response_tokens`.
@@ -109,10 +113,8 @@ class Codec:
         `Assistant:`) belongs before the text; prompts rendered as turns imply it.
         """
         lead = self._lead if conversation or self._string_as_turn else ""
-        ids = self.tokenizer.encode(
-            lead + text, add_special_tokens=False, split_special_tokens=True
-        )
-        ids = [*self._opening, *ids]
+        opening = self._opening if self.encoder_decoder else []
+        ids = [*opening, *self._plain_ids(lead + text)]
         if len(ids) < self.max_response_tokens:
             return [*ids, self.end_id]
         self.counts[RESPONSES_CUT] += 1
@@ -242,7 +244,7 @@ class Codec:
         for position, piece in enumerate(_SENTINELS.split(self._render(marked))):
             if position % 2:
                 content = turns[int(piece)].content
-                ids += encode(content, add_special_tokens=False, split_special_tokens=True)
+                ids += self._plain_ids(content)
             elif piece:
                 ids += encode(piece, add_special_tokens=False)
         return ids

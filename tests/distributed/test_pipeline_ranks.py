@@ -47,12 +47,27 @@ FORMS = {
         "ppo.keep=best",
     ],
     "lora-shared": ["sft.tuning=full", "reward.tuning=lora", "ppo.tuning=lora", "ppo.value=shared"],
+    "encoder-decoder": [
+        "model.architecture.model_type=bart",
+        # A process draws dropout of its own.
+        "model.architecture.extra={dropout: 0.0, attention_dropout: 0.0}",
+        "sft.tuning=full",
+        "reward.tuning=lora",
+        "ppo.tuning=lora",
+    ],
 }
 LAUNCHES = {
     "DDP": ["--launch", "cpu2"],
     "FSDP2": ["--launch", "fsdp2", "--processes", "2", "run.device=cpu"],
 }
-SLOW = [("lora", "FSDP2"), ("full-shared", "FSDP2"), ("lora-shared", "DDP"), ("full-shared", "DDP")]
+SLOW = [
+    ("lora", "FSDP2"),
+    ("full-shared", "FSDP2"),
+    ("lora-shared", "DDP"),
+    ("full-shared", "DDP"),
+    ("encoder-decoder", "DDP"),
+    ("encoder-decoder", "FSDP2"),
+]
 
 
 RLHF = [sys.executable, "-m", "stages"]
