@@ -47,7 +47,7 @@ FORMS = {
         "ppo.keep=best",
     ],
     "lora-shared": ["sft.tuning=full", "reward.tuning=lora", "ppo.tuning=lora", "ppo.value=shared"],
-    "encoder-decoder": [
+    "lora-encoder-decoder": [
         "model.architecture.model_type=bart",
         # A process draws dropout of its own.
         "model.architecture.extra={dropout: 0.0, attention_dropout: 0.0}",
@@ -65,8 +65,8 @@ SLOW = [
     ("full-shared", "FSDP2"),
     ("lora-shared", "DDP"),
     ("full-shared", "DDP"),
-    ("encoder-decoder", "DDP"),
-    ("encoder-decoder", "FSDP2"),
+    ("lora-encoder-decoder", "DDP"),
+    ("lora-encoder-decoder", "FSDP2"),
 ]
 
 
