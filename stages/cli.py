@@ -17,7 +17,7 @@ from rich.markup import escape
 
 from pipeline.environment import process_index
 from pipeline.errors import ConfigError
-from stages import STAGES
+from stages import STAGES, cli_policies
 from stages.cli_errors import ErrorsGroup
 from stages.cli_options import (
     AllowChanges,
@@ -199,6 +199,24 @@ def show(
     from stages.show import show_run
 
     show_run(run_folder, _console())
+
+
+app.command(
+    "chat",
+    epilog=_examples(
+        "chat runs/quickstart",
+        "chat runs/quickstart/export/merged --temperature 0.7",
+        "chat runs/quickstart --stage sft < prompts.txt",
+    ),
+)(cli_policies.chat)
+app.command(
+    "generate",
+    epilog=_examples(
+        "generate runs/quickstart prompts.jsonl --out responses.jsonl",
+        "generate runs/quickstart prompts.txt --best-of 8",
+        "generate runs/quickstart - < prompts.txt",
+    ),
+)(cli_policies.generate)
 
 
 @app.command(

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pipeline.generation.engine import Generations, Sampling, logits_not_finite
+from pipeline.generation.engine import Generations, Listener, Sampling, logits_not_finite
 from pipeline.generation.noise import gumbel, row_keys
 from pipeline.models.calls import DecodeOutput, DecodeStep
 from pipeline.models.trunk import Handle
@@ -52,6 +52,7 @@ class NativeEngine:
         prompt_ids: Sequence[Sequence[int]],
         sample_indices: Sequence[int],
         sampling: Sampling,
+        listener: Listener | None = None,
     ) -> Generations:
         """See `Engine`; `values` are given where the handle's role has a head.
 
@@ -70,6 +71,7 @@ class NativeEngine:
             self.max_rows,
             budget,
             self.fixed_shapes or graphs,
+            listener,
         )
         try:
             while writing.waiting or writing.rows:
@@ -102,6 +104,7 @@ class _Writing:
     max_rows: int
     prefill_tokens: int
     fixed_shapes: bool
+    listener: Listener | None
     rows: list[_Row] = field(default_factory=list)  # in the order of their slots
 
     def __post_init__(self) -> None:
@@ -232,6 +235,8 @@ class _Writing:
             if out.values is not None:
                 out.values[row.number].append(numbers[3][place])
             out.ended[row.number] = token in self.stop_ids
+            if self.listener is not None:
+                self.listener(row.number, token)
 
     def _leave(self) -> None:
         """Let finished rows go, and drop the columns that no row needs any more."""

@@ -23,7 +23,7 @@ from stages import STAGES, cli, cli_errors
 from stages.cli import SUMMARY_OF_VERB, app, needed_stages
 
 ROOT = Path(__file__).parents[2]
-VERBS = ["run", *STAGES, "check", "show", "config"]
+VERBS = ["run", *STAGES, "check", "show", "chat", "generate", "config"]
 
 runner = CliRunner()
 
