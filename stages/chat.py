@@ -296,7 +296,7 @@ def _side_by_side(names: Sequence[str], console: Console) -> Iterator[Callable[[
         columns.add_row(*(Text(texts[name]) for name in names))
         return columns
 
-    with Live(table(), console=console, vertical_overflow="visible") as screen:
+    with Live(table(), console=console) as screen:  # what exceeds it is shown at the end
 
         def hear(name: str, piece: str) -> None:
             texts[name] += printable(piece)

@@ -166,14 +166,15 @@ class Target:
 
 
 def _refuse_missing(folder: Path, resource: str) -> None:
-    """What is not there and cannot be a Hub id, or lies beside folders that are."""
-    meant_here = folder.parent != Path() and folder.parent.is_dir()
-    if folder.exists() or (HUB_ID.fullmatch(resource) and not meant_here):
+    """What is not there, and cannot be a Hub id or is nearly the name of a folder that is."""
+    if folder.exists():
         return
-    there = [path.name for path in folder.parent.iterdir()] if meant_here else []
-    guess = nearest(folder.name, there)
+    is_path = folder.parent not in (Path(), folder) and folder.parent.is_dir()
+    beside = folder.parent.iterdir() if is_path else ()
+    guess = nearest(folder.name, [path.name for path in beside if path.is_dir()])
     hint = f": did you mean {folder.parent / guess}?" if guess else ""
-    raise ModelError(f"{resource}: no such folder{hint}")
+    if hint or not HUB_ID.fullmatch(resource):
+        raise ModelError(f"{resource}: no such folder{hint}")
 
 
 def fitted(handle: Handle, max_new_tokens: int) -> Handle:

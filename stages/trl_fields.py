@@ -183,8 +183,8 @@ TRAINING_ARGUMENTS: dict[str, TrlField] = {
         ("ppo.optim.max_grad_norm",),
         "Gradients are clipped; TRL's PPO never does, whatever it says.",
     ),
-    "optim": TrlField("text", "adamw_torch_fused", (), "The optimiser is AdamW in float32."),
-    "optim_args": TrlField("text", None, (), "The optimiser is AdamW in float32."),
+    "optim": TrlField("text", "adamw_torch_fused", (), "The optimiser is AdamW."),
+    "optim_args": TrlField("text", None, (), "The optimiser is AdamW."),
     "bf16": TrlField(
         "bool", None, ("run.mixed_precision",), "True where it is unset and fp16 is not asked for."
     ),
