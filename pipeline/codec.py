@@ -118,6 +118,11 @@ class Codec:
         text = self.tokenizer.decode(response_ids, skip_special_tokens=True)
         return text.removeprefix(self._lead) if conversation or self._string_as_turn else text
 
+    def prompt_text(self, prompt: PromptText) -> str:
+        """The prompt as the model sees it, rendered but not tokenised."""
+        turns = self._turns(prompt)
+        return str(prompt) if turns is None else self._render(turns)
+
     def is_lead(self, text: str, conversation: bool = False) -> bool:
         """Whether the start of a response is a part of the template's lead, which `text` cuts."""
         leads = conversation or self._string_as_turn
@@ -127,11 +132,6 @@ class Codec:
     def answers_turns(self) -> bool:
         """Whether the model was trained on turns of a conversation, not on plain text alone."""
         return self._string_as_turn or self._rendered_turns
-
-    def prompt_text(self, prompt: PromptText) -> str:
-        """The prompt as the model sees it, rendered but not tokenised."""
-        turns = self._turns(prompt)
-        return str(prompt) if turns is None else self._render(turns)
 
     @property
     def name(self) -> str:

@@ -230,13 +230,13 @@ class _Writing:
             token, logprob = int(numbers[0][place]), numbers[1][place]
             row.length += 1
             out.response_ids[row.number].append(token)
+            if self.listener is not None:
+                self.listener(row.number, token)
             out.logprobs[row.number].append(logprob)
             out.entropy[row.number].append(numbers[2][place])
             if out.values is not None:
                 out.values[row.number].append(numbers[3][place])
             out.ended[row.number] = token in self.stop_ids
-            if self.listener is not None:
-                self.listener(row.number, token)
 
     def _leave(self) -> None:
         """Let finished rows go, and drop the columns that no row needs any more."""
