@@ -1,10 +1,12 @@
-"""Writes docs/config-reference.md from the configuration models (`make docs`).
+"""Writes docs/config-reference.md and the tables of docs/from-trl.md (`make docs`).
 
-The models are the only place where a field, its default, its limits and its sentence are written;
-a test refuses a committed reference that differs from what this makes.
+The configuration models are the only place where a field, its default, its limits and its sentence
+are written, and `stages/trl_fields.py` the only one for TRL's; tests refuse committed pages that
+differ from what this makes.
 """
 
 import json
+import re
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 REFERENCE = Path(__file__).parent / "config-reference.md"
+FROM_TRL = Path(__file__).parent / "from-trl.md"
 HEADER = """# Config reference
 
 Generated from the configuration models by `make docs`: do not edit.
@@ -98,12 +101,25 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|")
 
 
+def with_trl_tables(page: str) -> str:
+    """The page with the table of each TRL class between its marks."""
+    from stages.trl_fields import TABLES, render_table
+
+    for name, fields in TABLES.items():
+        marks = re.compile(rf"(<!-- table {name} -->\n).*?(<!-- end -->)", re.S)
+        table = render_table(fields)
+        page, found = marks.subn(lambda mark, table=table: mark[1] + table + mark[2], page)
+        assert found == 1, name
+    return page
+
+
 def main() -> int:
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from stages.config import RunConfig
 
     REFERENCE.write_text(render(RunConfig.model_json_schema()), encoding="utf-8")
-    print(f"wrote {REFERENCE.name}")
+    FROM_TRL.write_text(with_trl_tables(FROM_TRL.read_text(encoding="utf-8")), encoding="utf-8")
+    print(f"wrote {REFERENCE.name} and {FROM_TRL.name}")
     return 0
 
 

@@ -139,6 +139,16 @@ class Codec:
         turns = self._turns(prompt)
         return str(prompt) if turns is None else self._render(turns)
 
+    def is_lead(self, text: str, conversation: bool = False) -> bool:
+        """Whether the start of a response is a part of the template's lead, which `text` cuts."""
+        leads = conversation or self._string_as_turn
+        return leads and text != "" and text != self._lead and self._lead.startswith(text)
+
+    @property
+    def answers_turns(self) -> bool:
+        """Whether the model was trained on turns of a conversation, not on plain text alone."""
+        return self._string_as_turn or self._rendered_turns
+
     @property
     def name(self) -> str:
         """What the tokenizer was loaded from."""

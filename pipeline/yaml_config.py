@@ -44,16 +44,25 @@ def read_config(path: str | Path, overrides: Sequence[str], model: type[Model]) 
         )
     for override in overrides:
         apply_override(document, override)
-    try:
-        config = model.model_validate_json(
-            json.dumps(document.data), strict=True, context={"base_dir": str(path.parent)}
-        )
-    except ValidationError as error:
-        raise ConfigError(yaml_core.listed(_faults(error, document, model))) from None
+    config = validated(document, model, path.parent)
     missing = list(_missing_files(config, document, path.parent))
     if missing:
         raise ConfigError(yaml_core.listed(missing))
     return config
+
+
+def validated(document: Document, model: type[Model], base: Path) -> Model:
+    """The document as a `model`, its local paths looked up in `base`; they need not exist.
+
+    Raises:
+        ConfigError: lists every fault with its place, dotted name, value and remedy.
+    """
+    try:
+        return model.model_validate_json(
+            json.dumps(document.data), strict=True, context={"base_dir": str(base)}
+        )
+    except ValidationError as error:
+        raise ConfigError(yaml_core.listed(_faults(error, document, model))) from None
 
 
 def dump_config(config: BaseModel) -> str:

@@ -6,7 +6,6 @@ inside the verbs, so that every `--help` answers within a second.
     rlhf run configs/quickstart.yaml ppo.kl_coef=0.1
 """
 
-import time
 from collections.abc import Callable, Collection
 from importlib import import_module
 from pathlib import Path
@@ -15,19 +14,26 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from typer.core import TyperGroup
 
-from pipeline.environment import num_processes, process_index
-from pipeline.errors import ConfigError, Interrupted, PipelineError, TrainingError
-from stages import STAGES
+from pipeline.environment import process_index
+from pipeline.errors import ConfigError
+from stages import STAGES, cli_policies
+from stages.cli_errors import ErrorsGroup
+from stages.cli_options import (
+    AllowChanges,
+    ConfigFile,
+    Launch,
+    MachineRank,
+    NumMachines,
+    Overrides,
+    Processes,
+    Rendezvous,
+    SourceRuns,
+)
 
 if TYPE_CHECKING:
     from pipeline.stage import Stage
     from stages.config import RunConfig
-
-EXIT_ERROR = 2
-EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
-OTHERS_SPEAK_FIRST = 5.0  # seconds before a process prints what another one may say, too
 
 SUMMARY_OF_VERB = {
     "sft": "Fine-tune the base model on demonstrations.",
@@ -45,35 +51,8 @@ def _examples(*lines: str) -> str:
     return "\n".join(["[bold]Examples[/bold]", *(escape(f"  rlhf {line}") for line in lines)])
 
 
-class _Group(TyperGroup):
-    """Turns errors that a user can act on into one message and an exit code, for every verb."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except Interrupted as error:
-            if process_index() == 0:
-                Console(stderr=True, highlight=False).print(str(error))
-            raise typer.Exit(error.code) from None
-        except PipelineError as error:
-            _print_error(error)
-            raise typer.Exit(EXIT_ERROR) from None
-        except RuntimeError as error:
-            if num_processes() == 1 or not _lost_another(error):
-                raise
-            time.sleep(
-                OTHERS_SPEAK_FIRST
-            )  # it has said why, or the launcher will, and end this one
-            _print_error(TrainingError("another process has ended, and this one needs it"))
-            raise typer.Exit(EXIT_ERROR) from None
-        except KeyboardInterrupt:
-            if process_index() == 0:
-                Console(stderr=True).print("interrupted")
-            raise typer.Exit(EXIT_INTERRUPTED) from None
-
-
 app = typer.Typer(
-    cls=_Group,
+    cls=ErrorsGroup,
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
@@ -82,71 +61,6 @@ app = typer.Typer(
     epilog=_examples("run configs/quickstart.yaml", "show runs/quickstart", "ppo --help"),
 )
 
-ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="SECTION.FIELD=VALUE...",
-        help="Values that replace those of the file, in YAML; the last one counts.",
-        show_default=False,
-    ),
-]
-SourceRuns = Annotated[
-    list[Path] | None,
-    typer.Option(
-        "--from",
-        metavar="RUN",
-        help="Reuse the finished stages of this run folder, where their settings are the same.",
-        show_default=False,
-    ),
-]
-Launch = Annotated[
-    str | None,
-    typer.Option(
-        "--launch",
-        metavar="NAME",
-        help="Start many processes through accelerate: a file of configs/accelerate (ddp, fsdp2, "
-        "...) or a path.",
-        show_default=False,
-    ),
-]
-Processes = Annotated[
-    int | None,
-    typer.Option(
-        "--processes", min=1, help="With --launch: how many, over all machines.", show_default=False
-    ),
-]
-NumMachines = Annotated[
-    int | None,
-    typer.Option(
-        "--machines",
-        min=1,
-        help="With --launch: how many machines; start the same command on each.",
-        show_default=False,
-    ),
-]
-MachineRank = Annotated[
-    int | None,
-    typer.Option(
-        "--machine-rank", min=0, help="With --launch: which machine this is.", show_default=False
-    ),
-]
-Rendezvous = Annotated[
-    str | None,
-    typer.Option(
-        "--rendezvous",
-        metavar="HOST:PORT",
-        help="With --launch: where the machines meet, on the first of them.",
-        show_default=False,
-    ),
-]
-AllowChanges = Annotated[
-    bool,
-    typer.Option(
-        "--allow-changes",
-        help="Go on from an interrupted stage even if its configuration is another one now.",
-    ),
-]
 # Overrides with dashes reach `_load`, which says how to write them.
 _LENIENT = {"ignore_unknown_options": True}
 
@@ -287,11 +201,31 @@ def show(
     show_run(run_folder, _console())
 
 
+app.command(
+    "chat",
+    epilog=_examples(
+        "chat runs/quickstart",
+        "chat runs/quickstart/export/merged --temperature 0.7",
+        "chat runs/quickstart --stage sft < prompts.txt",
+    ),
+)(cli_policies.chat)
+app.command(
+    "generate",
+    epilog=_examples(
+        "generate runs/quickstart prompts.jsonl --out responses.jsonl",
+        "generate runs/quickstart prompts.txt --best-of 8",
+        "generate runs/quickstart - < prompts.txt",
+    ),
+)(cli_policies.generate)
+
+
 @app.command(
     "config",
     context_settings=_LENIENT,
     epilog=_examples(
-        "config configs/quickstart.yaml ppo.kl_coef=0.1", "config --schema > rlhf.schema.json"
+        "config configs/quickstart.yaml ppo.kl_coef=0.1",
+        "config --schema > rlhf.schema.json",
+        "config --from-trl ppo.sh > ppo.yaml",
     ),
 )
 def config_(
@@ -303,9 +237,24 @@ def config_(
     schema: Annotated[
         bool, typer.Option("--schema", help="Print the JSON Schema, which editors complete from.")
     ] = False,
+    from_trl: Annotated[
+        Path | None,
+        typer.Option(
+            "--from-trl",
+            metavar="FILE",
+            help="Convert a TRL PPO YAML, or a command line of its ppo.py script.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Print the resolved values of a config as YAML, or the JSON Schema of all configs."""
-    if schema:
+    if from_trl is not None:
+        if config is not None or schema:
+            raise ConfigError("--from-trl FILE stands alone: it converts that file")
+        from stages.from_trl import convert_trl
+
+        typer.echo(convert_trl(from_trl), nl=False)
+    elif schema:
         import json
 
         from stages.config import RunConfig
@@ -375,22 +324,3 @@ def load_stage(verb: str) -> "Stage":
 def _console() -> Console:
     """The screen of the main process; the others are silent."""
     return Console(quiet=process_index() != 0)
-
-
-def _lost_another(error: RuntimeError) -> bool:
-    """Whether a collective failed because a process is gone, as gloo and NCCL say it."""
-    kinds = ("DistBackendError", "DistNetworkError")
-    return type(error).__name__ in kinds or "by peer" in str(error)
-
-
-def _print_error(error: PipelineError) -> None:
-    rank = process_index()
-    if rank:
-        if isinstance(error, ConfigError) or error.everywhere:
-            return  # every process reads the same config: the main one says it
-        # What all processes meet, or the main one, is said once, by the main one: the launcher ends
-        # the others when it goes. An error of this process alone is said here.
-        time.sleep(OTHERS_SPEAK_FIRST)
-    where = f" (rank {rank})" if rank else ""
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
-    console.print(f"[bold red]error{where}:[/bold red] {escape(str(error))}")

@@ -13,6 +13,7 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -67,6 +68,18 @@ def locations(source: SourceSection, setting: str) -> tuple[Location, Location |
     return rows, None
 
 
+def read_prompt_rows(location: Location, notes: dict[str, None]) -> Iterator[RawRow]:
+    """`read_rows`, and text files (.txt) with one prompt a line."""
+    if location.is_local and location.path.lower().removesuffix(".gz").endswith(".txt"):
+        file = Path(location.path)
+        with _whole(file):
+            for number, line in _lines(file, _shown(file), notes):
+                if line.strip():
+                    yield f"{_shown(file)}:{number}", {"prompt": line.rstrip("\r\n")}
+    else:
+        yield from read_rows(location, notes)
+
+
 def read_rows(location: Location, notes: dict[str, None]) -> Iterator[RawRow]:
     """Yield (origin, row) from a file, a folder of files or a Hub dataset.
 
@@ -89,14 +102,21 @@ def read_rows(location: Location, notes: dict[str, None]) -> Iterator[RawRow]:
                 f"{location.setting}: {name} is no data file: its name must end in "
                 f"{', '.join(READERS)}, or these with .gz. Rename or convert it."
             )
-        try:
+        with _whole(file):
             yield from READERS[suffix](file, name, notes)
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise DataError(
-                f"{name} is not a whole gzip file ({error}). Copy or compress it again."
-            ) from error
-        except OSError as error:
-            raise DataError(f"{name} cannot be read ({error.strerror or error}).") from error
+
+
+@contextmanager
+def _whole(file: Path) -> Iterator[None]:
+    """Turn what fails while a file is read into a `DataError` that names it."""
+    try:
+        yield
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(
+            f"{_shown(file)} is not a whole gzip file ({error}). Copy or compress it again."
+        ) from error
+    except OSError as error:
+        raise DataError(f"{_shown(file)} cannot be read ({error.strerror or error}).") from error
 
 
 def _shown(path: Path) -> str:

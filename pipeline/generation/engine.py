@@ -1,11 +1,14 @@
 """What an engine takes and returns, and what it can promise."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from pipeline.models.trunk import Handle
 from pipeline.not_finite import NotFinite
+
+# Told (row, token) as soon as a row's next token is chosen: for text that is read as it is written.
+Listener = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from pipeline.generation.caches import needs_static_batches
-from pipeline.generation.engine import Generations, Sampling
+from pipeline.generation.engine import Generations, Listener, Sampling
 from pipeline.generation.native import NativeEngine
 from pipeline.generation.static import StaticEngine
 from pipeline.models.trunk import Handle
@@ -30,8 +30,9 @@ class LocalEngine:
         prompt_ids: Sequence[Sequence[int]],
         sample_indices: Sequence[int],
         sampling: Sampling,
+        listener: Listener | None = None,
     ) -> Generations:
-        """See `Engine`.
+        """See `Engine`. A listener hears rows again that lack of memory has begin anew.
 
         Raises:
             TrainingError: the model's logits are not finite, or one row alone does not fit.
@@ -43,7 +44,7 @@ class LocalEngine:
             graphs = self.cuda_graphs and handle.trunk.shards is None
             engine = NativeEngine(rows, cuda_graphs=graphs)
             serves = engine if native else StaticEngine(rows)
-            return serves.generate(handle, prompt_ids, sample_indices, sampling)
+            return serves.generate(handle, prompt_ids, sample_indices, sampling, listener)
 
         remedy = "one response does not fit: shorten the prompts or the responses"
         # Processes write responses of their own lengths, and one of them may need another attempt:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pipeline.generation.engine import Generations, Sampling, logits_not_finite
+from pipeline.generation.engine import Generations, Listener, Sampling, logits_not_finite
 from pipeline.generation.noise import gumbel, row_keys
 from pipeline.models.calls import DecodeOutput, DecodeStep
 from pipeline.models.trunk import Handle
@@ -52,6 +52,7 @@ class NativeEngine:
         prompt_ids: Sequence[Sequence[int]],
         sample_indices: Sequence[int],
         sampling: Sampling,
+        listener: Listener | None = None,
     ) -> Generations:
         """See `Engine`; `values` are given where the handle's role has a head.
 
@@ -70,6 +71,7 @@ class NativeEngine:
             self.max_rows,
             budget,
             self.fixed_shapes or graphs,
+            listener,
         )
         try:
             while writing.waiting or writing.rows:
@@ -102,6 +104,7 @@ class _Writing:
     max_rows: int
     prefill_tokens: int
     fixed_shapes: bool
+    listener: Listener | None
     rows: list[_Row] = field(default_factory=list)  # in the order of their slots
 
     def __post_init__(self) -> None:
@@ -227,6 +230,8 @@ class _Writing:
             token, logprob = int(numbers[0][place]), numbers[1][place]
             row.length += 1
             out.response_ids[row.number].append(token)
+            if self.listener is not None:
+                self.listener(row.number, token)
             out.logprobs[row.number].append(logprob)
             out.entropy[row.number].append(numbers[2][place])
             if out.values is not None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pipeline.generation.caches import takes_padding
-from pipeline.generation.engine import Generations, Sampling, logits_not_finite
+from pipeline.generation.engine import Generations, Listener, Sampling, logits_not_finite
 from pipeline.generation.noise import gumbel, row_keys
 from pipeline.models.trunk import Handle
 
@@ -40,8 +40,11 @@ class StaticEngine:
         prompt_ids: Sequence[Sequence[int]],
         sample_indices: Sequence[int],
         sampling: Sampling,
+        listener: Listener | None = None,
     ) -> Generations:
         """See `Engine`. Beams draw nothing and use log-probs at temperature 1.
+
+        Of a beam search a listener hears nothing: no token is certain before the end.
 
         Raises:
             TrainingError: the model's logits are not finite.
@@ -60,6 +63,7 @@ class StaticEngine:
                     [sample_indices[row] for row in rows],
                     rows,
                     sampling,
+                    listener,
                 )
                 for row, response in zip(rows, responses, strict=True):
                     out.response_ids[row] = response
@@ -82,6 +86,7 @@ def _generate_batch(
     sample_indices: Sequence[int],
     rows: Sequence[int],
     sampling: Sampling,
+    listener: Listener | None,
 ) -> list[list[int]]:
     """The responses, stop tokens included; `rows` name the prompts in errors."""
     from transformers import GenerationConfig
@@ -94,6 +99,9 @@ def _generate_batch(
     # begins with.
     width = 1 if two_sides else len(ids[0])
     watch = _Watch(len(prompts), width, sampling.num_beams, device)
+    heard = {}
+    if listener is not None and sampling.num_beams == 1:
+        heard["streamer"] = _Relay(listener, rows, codec.stop_ids)
     written = handle.write(
         torch.tensor(ids, device=device),
         attention_mask=torch.tensor(mask, device=device),
@@ -106,6 +114,7 @@ def _generate_batch(
             decoder_start_token_id=architecture.decoder_start_token_id if two_sides else None,
         ),
         logits_processor=[watch, *_warpers(handle, sample_indices, width, sampling)],
+        **heard,
     )
     # What stands behind the first stop id is filler. Whether it is a pad id does not matter: a pad
     # id inside the text is a token like another.
@@ -189,6 +198,31 @@ class _Watch:
         here = torch.full_like(self.first_fault, position)
         self.first_fault = torch.where(fault & (here < self.first_fault), here, self.first_fault)
         return scores
+
+
+class _Relay:
+    """A streamer of transformers' `generate` that tells a listener the tokens of each row."""
+
+    def __init__(self, listener: Listener, rows: Sequence[int], stop_ids: frozenset[int]) -> None:
+        self.listener = listener
+        self.rows = rows
+        self.stop_ids = stop_ids
+        self.ended: set[int] = set()
+        self.begun = False
+
+    def put(self, value: Tensor) -> None:
+        """The next token of every row (B,); what comes first is the prompts (B, P)."""
+        if not self.begun:
+            self.begun = True
+            return
+        for row, token in zip(self.rows, value.tolist(), strict=True):
+            if row not in self.ended:
+                self.listener(row, token)
+            if token in self.stop_ids:  # filler follows
+                self.ended.add(row)
+
+    def end(self) -> None:
+        """All is written."""
 
 
 @contextmanager

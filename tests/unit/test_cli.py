@@ -19,11 +19,11 @@ import pipeline.chain
 from pipeline.distributed.launch import Machines, find_configuration
 from pipeline.distributed.runtime import refuse_fallback
 from pipeline.errors import ConfigError, TrainingError
-from stages import STAGES, cli
+from stages import STAGES, cli, cli_errors
 from stages.cli import SUMMARY_OF_VERB, app, needed_stages
 
 ROOT = Path(__file__).parents[2]
-VERBS = ["run", *STAGES, "check", "show", "config"]
+VERBS = ["run", *STAGES, "check", "show", "chat", "generate", "config"]
 
 runner = CliRunner()
 
@@ -310,7 +310,7 @@ def test_other_ranks_are_silent_but_for_errors_of_their_own(
     expected: str,
 ) -> None:
     monkeypatch.setenv("RANK", "3")
-    monkeypatch.setattr(cli, "OTHERS_SPEAK_FIRST", 0.01)
+    monkeypatch.setattr(cli_errors, "OTHERS_SPEAK_FIRST", 0.01)
 
     def fail(self: Any, only: str | None = None) -> None:
         cli._console().print("progress")

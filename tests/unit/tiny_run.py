@@ -23,7 +23,7 @@ from pipeline.distributed import Runtime
 from pipeline.models import adapters
 from pipeline.models.store import ModelStore
 from pipeline.models.trunk import Handle
-from pipeline.records import Prompt, Ranking
+from pipeline.records import Message, Prompt, Ranking
 from pipeline.runfolder import RunFolder, write_json_atomic, write_manifest
 from pipeline.stage import Context
 from pipeline.tracking import Tracker
@@ -59,7 +59,8 @@ def config(root: Path, tuning: Tuning = "lora", **evaluation: Any) -> RunConfig:
 class TinyRun:
     """SFT, reward and PPO artifacts of random weights, and contexts for the stages after them."""
 
-    def __init__(self, settings: RunConfig) -> None:
+    def __init__(self, settings: RunConfig, *, conversations: bool = False) -> None:
+        """`conversations`: its models were trained on turns, rendered plainly."""
         torch.manual_seed(7)
         self.config = settings
         self.run = RunFolder(Path(settings.run.folder) / settings.run.name)
@@ -70,6 +71,8 @@ class TinyRun:
             sft = self.store.build(POSTS + SUMMARIES).with_role("sft")
         else:
             sft = self._tuned(self.store.pretrained(), "sft", settings.sft.tuning)
+        if conversations:
+            sft.codec.prompt_ids((Message("user", POSTS[0]),))
         self._finish("sft", sft)
         reward = self._tuned(self.sft, "reward", "lora")
         head = reward.trunk.add_head("reward")
