@@ -126,7 +126,7 @@ def test_the_base_is_named_with_its_hash(lora: tuple[TinyRun, Path]) -> None:
     record = json.loads((folder / "export.json").read_text())
     assert record["base"]["files"] == {"model.safetensors": digest}
     assert record.keys() == {"policy", "forms", "base"}  # and no name of a run
-    assert record["forms"] == ["adapter", "base", "merged"]
+    assert record["forms"] == ["base", "adapter", "merged"]
     assert digest in (folder / "adapter" / "README.md").read_text()
 
 

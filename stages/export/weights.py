@@ -1,0 +1,76 @@
+"""Weights of an export's own: adapters are merged into copies, in the type that was asked for."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.errors import ModelError
+from pipeline.models import adapters
+from pipeline.models.loading import is_quantised, torch_dtype, without_bars
+from pipeline.models.store import ModelStore
+from pipeline.models.trunk import Handle
+from pipeline.runfolder import writing
+from pipeline.stage import Context
+
+
+def plain(context: Context, artifact: Path) -> Handle:
+    """The role of an artifact without adapter, in `export.dtype`; its own weights stay untouched.
+
+    An adapter that was trained on a quantised base is merged into the base as it is on disk. Sums
+    are made in the wider of the two types, so that weights are rounded once.
+    """
+    handle = context.store.open(artifact)
+    adapter, model = handle.role.adapter, handle.trunk.model
+    asked = context.config.export.dtype
+    dtype = None if asked is None else torch_dtype(asked)
+    if adapter is None and dtype in (None, model.dtype):
+        return handle
+    if is_quantised(model):
+        section = context.config.model.model_copy(update={"quantization": "none"})
+        handle = ModelStore(section, context.config.data).open(artifact)
+        adapter = handle.role.adapter
+    copied = context.store.fork(handle, "merged")
+    model = copied.trunk.model
+    if dtype is not None:
+        model.to(torch.promote_types(dtype, model.dtype))
+    if adapter is not None:
+        adapters.bake(model, adapter)
+    if dtype is not None:
+        model.to(dtype)
+    return copied.with_role(handle.role.name, adapter=None)
+
+
+def write_merged(context: Context, folder: Path) -> None:
+    """Write the policy as one plain transformers model.
+
+    Raises:
+        ModelError: merging would untie embeddings that the architecture ties.
+    """
+    artifact = context.parents["ppo"]
+    policy = context.store.open(artifact)
+    if policy.role.adapter is not None:
+        _refuse_untying(policy.trunk.model)
+    merged = plain(context, artifact)
+    with without_bars(), writing(folder):
+        merged.trunk.model.save_pretrained(
+            str(folder),
+            state_dict=dict(merged.trunk.base_state()),
+            max_shard_size=context.config.export.max_shard_size,
+        )
+
+
+def adapts_embeddings(model: Any) -> bool:
+    """Whether the model's adapters reach its input or output embeddings."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    tuned = {id(layer) for layer in adapters.tuner_layers(model)}
+    return any(id(layer) in tuned for layer in ends)
+
+
+def _refuse_untying(model: Any) -> None:
+    if model.config.tie_word_embeddings and adapts_embeddings(model):
+        raise ModelError(
+            "export.merged cannot write this policy: lora.target_modules has the input or output "
+            "embeddings, which this architecture ties, and merging would make them differ. Set "
+            "export.merged to false and use the adapter."
+        )
