@@ -355,8 +355,7 @@ def _run_chain(
         if config.export.push_to_hub is not None and stages[-1].name == "export":
             from stages.export.hub import push
 
-            folder = chain.folder.stage("export").artifact
-            chain.runtime.from_main(lambda: push(folder, config.export, console))
+            chain.runtime.from_main(lambda: push(chain.folder, config.export, console))
     console.print(f"Look at the run with: rlhf show {chain.folder.root}", highlight=False)
 
 

@@ -19,7 +19,7 @@ from pipeline.config import (
 )
 from pipeline.errors import ConfigError, ModelError
 from stages.evaluation.config import EvaluationSection
-from stages.export.config import ExportSection
+from stages.export.config import CLASSIFIED, ExportSection
 from stages.ppo.config import PpoSection
 from stages.reward.config import RewardSection
 from stages.sft.config import SftSection
@@ -111,10 +111,17 @@ class RunConfig(Section):
                 f"export.adapters has sft but ppo.policy is {self.ppo.policy!r}, so PPO starts "
                 "from no SFT model of this run: take sft out of export.adapters"
             )
-        if (export.reward or "reward" in export.adapters) and self.ppo.rewards is not None:
+        if export.asks_for_reward and self.ppo.rewards is not None:
             raise ValueError(
                 f"export.reward or export.adapters asks for the reward model but ppo.rewards is "
                 f"{self.ppo.rewards!r}, so the run trains none: remove one of the two"
+            )
+        family = self.model.architecture.model_type
+        if export.asks_for_reward and self.model.init == "config" and family not in CLASSIFIED:
+            raise ValueError(
+                f"export.reward or export.adapters asks for the reward model, but no classifier of "
+                f"transformers is known to give its scores on {family}: take another "
+                f"model.architecture.model_type ({', '.join(sorted(CLASSIFIED))}), or leave it out"
             )
         return self
 

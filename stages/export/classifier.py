@@ -19,15 +19,8 @@ from pipeline.models import adapters
 from pipeline.models.loading import without_bars
 from pipeline.models.trunk import Handle
 from pipeline.runfolder import read_json, write_json_atomic, writing
+from stages.export.config import CLASSIFIED
 
-# Families whose classifier has a `score` without bias and finds the end by the pad id; each is held
-# to our scores by a test.
-FAMILIES = frozenset(
-    {
-        *("bloom", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "llama", "mistral"),
-        *("mixtral", "opt", "phi", "phi3", "qwen2", "qwen3", "qwen3_moe"),
-    }
-)
 # What a special token is called that a vocabulary keeps for such a use.
 _SPARE = ("pad", "reserved", "unused")
 
@@ -52,10 +45,10 @@ def refuse_family(config: Any) -> None:
             f"export.reward: {config.model_type} is an encoder-decoder, whose classifiers in "
             f"transformers read their input otherwise than our reward model: {remedy}"
         )
-    if config.model_type not in FAMILIES:
+    if config.model_type not in CLASSIFIED:
         raise ModelError(
             f"export.reward: {config.model_type} is none of the decoders whose classifier in "
-            f"transformers is known to give our scores ({', '.join(sorted(FAMILIES))}): {remedy}"
+            f"transformers is known to give our scores ({', '.join(sorted(CLASSIFIED))}): {remedy}"
         )
 
 

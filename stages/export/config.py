@@ -6,6 +6,14 @@ from pydantic import Field, model_validator
 
 from pipeline.config import NOT_IN_KEY, Resource, Section
 
+# Families whose classifier in transformers has a `score` without bias and finds the end of a row by
+# its pad id; each is held to our scores by a test.
+CLASSIFIED = frozenset(
+    {
+        *("bloom", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "llama", "mistral"),
+        *("mixtral", "opt", "phi", "phi3", "qwen2", "qwen3", "qwen3_moe"),
+    }
+)
 AdapterOf = Literal["policy", "sft", "reward"]
 
 
@@ -67,6 +75,11 @@ class ExportSection(Section):
         "`main`.",
         json_schema_extra=NOT_IN_KEY,
     )
+
+    @property
+    def asks_for_reward(self) -> bool:
+        """Whether a form of the reward model is written."""
+        return self.reward or "reward" in self.adapters
 
     @model_validator(mode="after")
     def _something(self) -> "ExportSection":

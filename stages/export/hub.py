@@ -14,15 +14,15 @@ from typing import Any
 from rich.console import Console
 
 from pipeline.errors import PipelineError
-from pipeline.runfolder import read_json
+from pipeline.runfolder import RunFolder, read_json
 from stages.export.card import on_hub
 from stages.export.config import ExportSection
 
 _FIRST = ("merged", "adapter")
 
 
-def push(folder: Path, section: ExportSection, console: Console) -> None:
-    """Commit the finished export in `folder` to `section.push_to_hub`.
+def push(run: RunFolder, section: ExportSection, console: Console) -> None:
+    """Commit a run's finished export to `section.push_to_hub`.
 
     Raises:
         PipelineError: the Hub cannot be reached or refuses; the export here stays as it is.
@@ -31,7 +31,7 @@ def push(folder: Path, section: ExportSection, console: Console) -> None:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
-    repository = section.push_to_hub
+    folder, repository = run.stage("export").artifact, section.push_to_hub
     assert repository is not None
     forms: list[str] = read_json(folder / "export.json")["forms"]
     api = HfApi(library_name="rlhf-pipeline")

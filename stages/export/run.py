@@ -31,8 +31,6 @@ from typing import Any
 
 from pipeline.codec import Codec
 from pipeline.config import resource_path
-from pipeline.errors import ModelError
-from pipeline.generation.vllm_adapters import adapter_refusals
 from pipeline.models import adapters
 from pipeline.models.store import HANDLE
 from pipeline.models.trunk import Handle
@@ -48,7 +46,7 @@ from stages.export import classifier, gguf
 from stages.export.card import Base, CardFacts, Data, model_card
 from stages.export.classifier import Scoring
 from stages.export.forms import Form
-from stages.export.weights import adapts_embeddings, plain, write_merged
+from stages.export.weights import plain, refuse_vllm, write_merged
 
 KINDS = ("demonstrations", "rankings", "prompts")
 
@@ -63,7 +61,7 @@ class ExportStage:
         """The exported models, and the evaluation whose numbers the cards state."""
         export = config.export
         sft = ("sft",) if "sft" in export.adapters else ()
-        reward = ("reward",) if export.reward or "reward" in export.adapters else ()
+        reward = ("reward",) if export.asks_for_reward else ()
         return (*sft, *reward, "ppo", "evaluation")
 
     def reads(self, config: Any) -> tuple[str, ...]:
@@ -99,11 +97,9 @@ class _Export:
         """All forms that are asked for; what cannot be written is refused before anything is."""
         section, adapter = self.section, self.policy.role.adapter
         converter = None if section.gguf is None else gguf.check_converter(section.gguf)
-        how = None
-        if section.reward or "reward" in section.adapters:
-            how = classifier.scoring(self._open("reward"))
+        how = classifier.scoring(self._open("reward")) if section.asks_for_reward else None
         if section.vllm:
-            _refuse_vllm(self.policy)
+            refuse_vllm(self.policy.trunk.model, adapter)
         if adapter is None and "policy" in section.adapters:
             self.context.console.print("export: the policy was tuned in full: it has no adapter")
         if adapter is not None:
@@ -197,25 +193,6 @@ class _Export:
         card = model_card(_facts(self.context, handle, form, base, how))
         write_text_atomic(folder / "README.md", card)
         self.forms.append(form)
-
-
-def _refuse_vllm(policy: Handle) -> None:
-    model, adapter = policy.trunk.model, policy.role.adapter
-    if adapter is None:
-        raise ModelError(
-            "export.vllm: the policy was tuned in full, so it has no adapter: vLLM serves `merged/`"
-        )
-    faults = adapter_refusals(model, adapter)
-    if adapts_embeddings(model):
-        faults.append(
-            "few of its families take adapters on the input or output embeddings: take them out of "
-            "lora.target_modules"
-        )
-    if faults:
-        raise ModelError(
-            f"export.vllm: vLLM cannot load the policy's adapter: {'; '.join(faults)}, or set "
-            "export.vllm to false and export.merged to true, which vLLM serves as it is"
-        )
 
 
 def _write_tokenizer(handle: Handle, codec: Codec, folder: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from pipeline.errors import ModelError
+from pipeline.generation.vllm_adapters import adapter_refusals
 from pipeline.models import adapters
 from pipeline.models.loading import is_quantised, torch_dtype, without_bars
 from pipeline.models.store import ModelStore
@@ -60,7 +61,26 @@ def write_merged(context: Context, folder: Path) -> None:
         )
 
 
-def adapts_embeddings(model: Any) -> bool:
+def refuse_vllm(model: Any, adapter: str | None) -> None:
+    """Raise ModelError, with the remedy, if vLLM would not load adapter `adapter` of the policy."""
+    if adapter is None:
+        raise ModelError(
+            "export.vllm: the policy was tuned in full, so it has no adapter: vLLM serves `merged/`"
+        )
+    faults = adapter_refusals(model, adapter)
+    if _adapts_embeddings(model):
+        faults.append(
+            "it takes adapters on input or output embeddings in few families: take them out of "
+            "lora.target_modules"
+        )
+    if faults:
+        raise ModelError(
+            f"export.vllm: vLLM cannot load the policy's adapter: {'; '.join(faults)}, or set "
+            "export.vllm to false and export.merged to true, which vLLM serves as it is"
+        )
+
+
+def _adapts_embeddings(model: Any) -> bool:
     """Whether the model's adapters reach its input or output embeddings."""
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     tuned = {id(layer) for layer in adapters.tuner_layers(model)}
@@ -68,7 +88,7 @@ def adapts_embeddings(model: Any) -> bool:
 
 
 def _refuse_untying(model: Any) -> None:
-    if model.config.tie_word_embeddings and adapts_embeddings(model):
+    if model.config.tie_word_embeddings and _adapts_embeddings(model):
         raise ModelError(
             "export.merged cannot write this policy: lora.target_modules has the input or output "
             "embeddings, which this architecture ties, and merging would make them differ. Set "
