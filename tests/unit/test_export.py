@@ -24,7 +24,7 @@ ABOUT = {"about": {"versions": {"torch": "2.13.0"}}}
 
 def export(run: TinyRun) -> Path:
     """Run the stage after an evaluation that left a report; returns its folder."""
-    context = run.context("export", ("ppo", "evaluation"))
+    context = run.context("export", ExportStage().needs(run.config))
     folder = context.parents["evaluation"]
     folder.mkdir()
     (folder / "report.md").write_text(REPORT, encoding="utf-8")
