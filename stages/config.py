@@ -101,10 +101,10 @@ class RunConfig(Section):
         export = self.export
         for role in ("sft", "reward"):
             if role in export.adapters and getattr(self, role).tuning == "full":
-                instead = ": set export.reward to true" if role == "reward" else ""
+                instead = " and set export.reward to true" if role == "reward" else ""
                 raise ValueError(
-                    f"export.adapters has {role} but {role}.tuning is full, so it has no adapter"
-                    f"{instead}; take {role} out of export.adapters"
+                    f"export.adapters has {role} but {role}.tuning is full, so it has no adapter: "
+                    f"take {role} out of export.adapters{instead}"
                 )
         if "sft" in export.adapters and self.ppo.policy is not None:
             raise ValueError(

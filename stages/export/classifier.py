@@ -42,13 +42,13 @@ def refuse_family(config: Any) -> None:
     )
     if config.is_encoder_decoder:
         raise ModelError(
-            f"export.reward: {config.model_type} is an encoder-decoder, whose classifiers in "
-            f"transformers read their input otherwise than our reward model: {remedy}"
+            f"{config.model_type} is an encoder-decoder, whose classifiers in transformers read "
+            f"their input otherwise than our reward model: {remedy}"
         )
     if config.model_type not in CLASSIFIED:
         raise ModelError(
-            f"export.reward: {config.model_type} is none of the decoders whose classifier in "
-            f"transformers is known to give our scores ({', '.join(sorted(CLASSIFIED))}): {remedy}"
+            f"{config.model_type} is none of the decoders whose classifier in transformers is "
+            f"known to give our scores ({', '.join(sorted(CLASSIFIED))}): {remedy}"
         )
 
 
@@ -78,7 +78,7 @@ def pad_id(codec: Codec, vocabulary_size: int) -> int:
             if word in name:
                 return int(id_)
     raise ModelError(
-        f"export.reward: the pad token of {codec.name!r} is unset or ends responses "
+        f"the pad token of {codec.name!r} is unset or ends responses "
         f"({tokenizer.pad_token!r}), and a plain classifier finds the end of a row by its pad "
         "token: give the base's tokenizer another pad_token, or set export.reward to false and "
         "take reward out of export.adapters"
@@ -111,7 +111,7 @@ def write_classifier(reward: Handle, how: Scoring, folder: Path, max_shard_size:
     from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
     decoder = reward.trunk.model
-    kind = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(decoder.config)]
+    kind: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(decoder.config)]
     config = copy.deepcopy(decoder.config)
     config.num_labels = 1
     config.pad_token_id = how.pad_id

@@ -4,8 +4,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 Form = Literal[
-    *("adapter", "sft_adapter", "reward_adapter", "base", "reward_base"),
-    *("merged", "vllm", "gguf", "reward"),
+    "adapter",
+    "sft_adapter",
+    "reward_adapter",
+    "base",
+    "reward_base",
+    "merged",
+    "vllm",
+    "gguf",
+    "reward",
 ]
 Task = Literal["text-generation", "text-classification"]
 

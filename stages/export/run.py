@@ -46,7 +46,7 @@ from stages.export import classifier, gguf
 from stages.export.card import Base, CardFacts, Data, model_card
 from stages.export.classifier import Scoring
 from stages.export.forms import Form
-from stages.export.weights import plain, refuse_vllm, write_merged
+from stages.export.weights import plain, refuse_untying, refuse_vllm, write_merged
 
 KINDS = ("demonstrations", "rankings", "prompts")
 
@@ -100,6 +100,8 @@ class _Export:
         how = classifier.scoring(self._open("reward")) if section.asks_for_reward else None
         if section.vllm:
             refuse_vllm(self.policy.trunk.model, adapter)
+        if adapter is not None and (section.merged or converter is not None):
+            refuse_untying(self.policy.trunk.model)
         if adapter is None and "policy" in section.adapters:
             self.context.console.print("export: the policy was tuned in full: it has no adapter")
         if adapter is not None:

@@ -43,16 +43,8 @@ def plain(context: Context, artifact: Path) -> Handle:
 
 
 def write_merged(context: Context, folder: Path) -> None:
-    """Write the policy as one plain transformers model.
-
-    Raises:
-        ModelError: merging would untie embeddings that the architecture ties.
-    """
-    artifact = context.parents["ppo"]
-    policy = context.store.open(artifact)
-    if policy.role.adapter is not None:
-        _refuse_untying(policy.trunk.model)
-    merged = plain(context, artifact)
+    """Write the policy as one plain transformers model."""
+    merged = plain(context, context.parents["ppo"])
     with without_bars(), writing(folder):
         merged.trunk.model.save_pretrained(
             str(folder),
@@ -65,7 +57,8 @@ def refuse_vllm(model: Any, adapter: str | None) -> None:
     """Raise ModelError, with the remedy, if vLLM would not load adapter `adapter` of the policy."""
     if adapter is None:
         raise ModelError(
-            "export.vllm: the policy was tuned in full, so it has no adapter: vLLM serves `merged/`"
+            "the policy was tuned in full, so there is no adapter for vLLM (export.vllm), which "
+            "serves `merged/`"
         )
     faults = adapter_refusals(model, adapter)
     if _adapts_embeddings(model):
@@ -75,8 +68,8 @@ def refuse_vllm(model: Any, adapter: str | None) -> None:
         )
     if faults:
         raise ModelError(
-            f"export.vllm: vLLM cannot load the policy's adapter: {'; '.join(faults)}, or set "
-            "export.vllm to false and export.merged to true, which vLLM serves as it is"
+            f"vLLM cannot load the policy's adapter: {'; '.join(faults)}, or set export.vllm to "
+            "false and export.merged to true, which vLLM serves as it is"
         )
 
 
@@ -87,10 +80,11 @@ def _adapts_embeddings(model: Any) -> bool:
     return any(id(layer) in tuned for layer in ends)
 
 
-def _refuse_untying(model: Any) -> None:
+def refuse_untying(model: Any) -> None:
+    """Raise ModelError if merging an adapter would untie embeddings that the architecture ties."""
     if model.config.tie_word_embeddings and _adapts_embeddings(model):
         raise ModelError(
-            "export.merged cannot write this policy: lora.target_modules has the input or output "
-            "embeddings, which this architecture ties, and merging would make them differ. Set "
-            "export.merged to false and use the adapter."
+            "this policy cannot be merged: lora.target_modules has the input or output embeddings, "
+            "which this architecture ties, and merging would make them differ. Set export.merged "
+            "to false, unset export.gguf, and use the adapter."
         )

@@ -20,7 +20,7 @@ from pipeline.errors import ModelError
 from pipeline.models.trunk import Handle
 from stages.config import RunConfig
 from stages.export.card import on_hub
-from tests.unit.test_export import export
+from tests.unit.test_export import assert_same_policy, export, load
 from tests.unit.tiny_run import POSTS, TinyRun, config
 
 # Stands in for llama.cpp's script: keeps what it was called with, and what the folder held.
@@ -218,6 +218,16 @@ def test_ranks_under_which_vllm_loads() -> None:
 def dora(settings: RunConfig) -> RunConfig:
     lora = settings.lora.model_copy(update={"use_dora": True})
     return settings.model_copy(update={"lora": lora})
+
+
+@pytest.mark.parametrize("kind", ["use_dora", "use_rslora"])
+def test_other_kinds_of_adapters_are_merged(tmp_path: Path, kind: str) -> None:
+    settings = config(tmp_path)
+    lora = settings.lora.model_copy(update={kind: True})
+    run = TinyRun(with_export(settings.model_copy(update={"lora": lora}), merged=True))
+    out = export(run)
+    for form in ("merged", "adapter"):
+        assert_same_policy(run, load(out, form), out / form)
 
 
 def embeddings(settings: RunConfig) -> RunConfig:
