@@ -88,6 +88,7 @@ class Words:
     language: str = "python"  # of the commands that load it
 
 
+_BASE_NUMBERS = "With its adapters, it is the models that these numbers are about."
 _REWARD_NUMBERS = "The policy called PPO was trained against this reward model."
 FORMS: dict[Form, Words] = {
     "adapter": Words(
@@ -118,14 +119,14 @@ FORMS: dict[Form, Words] = {
     "base": Words(
         "Base of an RLHF policy",
         "the base model of the adapters that lie beside it",
-        "With the policy's adapter, this is the policy called PPO.",
+        _BASE_NUMBERS,
         _LOAD_MODEL,
         tags=("rlhf", "sft"),
     ),
     "reward_base": Words(
         "Base of a reward model",
         "the base model of the reward model's adapter, which lies beside it in `reward_adapter/`",
-        f"With the adapter, {_REWARD_NUMBERS[0].lower()}{_REWARD_NUMBERS[1:]}",
+        _BASE_NUMBERS,
         _LOAD_MODEL,
         tags=("rlhf", "sft"),
     ),

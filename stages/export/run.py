@@ -29,7 +29,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from pipeline.codec import Codec
 from pipeline.config import resource_path
 from pipeline.models import adapters
 from pipeline.models.store import HANDLE
@@ -161,7 +160,8 @@ class _Export:
                 TemporaryDirectory(dir=self.out, prefix=".") as scratch,
             ):
                 write_merged(self.context, Path(scratch))
-                _write_tokenizer(self.policy, self.policy.codec, Path(scratch))
+                self.policy.codec.save_tokenizer(Path(scratch))
+                _write_generation_config(self.policy, Path(scratch))
                 gguf.convert(Path(scratch), converter, outtype, file)
         self._finish("gguf", self.policy)
 
@@ -191,19 +191,19 @@ class _Export:
         folder = self.out / form
         if form != "gguf":
             codec = handle.codec if how is None else classifier.padded(handle.codec, how)
-            _write_tokenizer(handle, codec, folder)
+            codec.save_tokenizer(folder)
+            if how is None:
+                _write_generation_config(handle, folder)
         card = model_card(_facts(self.context, handle, form, base, how))
         write_text_atomic(folder / "README.md", card)
         self.forms.append(form)
 
 
-def _write_tokenizer(handle: Handle, codec: Codec, folder: Path) -> None:
-    """Tokenizer and chat template; of a policy a generation config that ends where it ends."""
+def _write_generation_config(handle: Handle, folder: Path) -> None:
+    """It ends where the policy ends."""
     from transformers import GenerationConfig
 
-    codec.save_tokenizer(folder)
-    if handle.role.head is not None:
-        return
+    codec = handle.codec
     own = getattr(handle.trunk.model, "generation_config", None)
     config = copy.deepcopy(own) if own is not None else GenerationConfig()
     config.eos_token_id = sorted(codec.stop_ids)
