@@ -5,6 +5,7 @@ bases are named in the text.
 """
 
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -112,7 +113,7 @@ finds responses that it scores too high.
 - What is wrong with the data (errors, offence, bias) can be wrong with the scores."""
 
 
-def on_hub(card: str, repository: str, at_root: str) -> str:
+def on_hub(card: str, repository: str, at_root: str, revision: str | None) -> str:
     """The card of a folder as the Hub shows it: its Python loads from `repository`.
 
     The form `at_root` lies in the repository itself, the others in folders of their names.
@@ -121,10 +122,12 @@ def on_hub(card: str, repository: str, at_root: str) -> str:
     def place(match: re.Match[str]) -> str:
         folder = match[1]
         inside = "" if folder == at_root else f', subfolder="{folder}"'
-        return f'"{repository}"{inside}'
+        branch = "" if revision is None else f', revision="{revision}"'
+        return f'"{repository}"{inside}{branch}'
 
     changed = re.sub(r'"\./(\w+)"', place, card)
-    here = f"After `hf download {repository} --local-dir .`:"
+    branch = "" if revision is None else f" --revision {revision}"
+    here = f"After `hf download {repository}{branch} --local-dir .`:"
     return changed.replace(_HERE, "From the Hub:" if changed != card else here)
 
 
@@ -148,12 +151,14 @@ def _header(facts: CardFacts) -> dict[str, Any]:
 def _loading(facts: CardFacts) -> str:
     base, how = facts.base, facts.scoring
     words = FORMS[facts.form]
-    revision = base.revision if base is not None else None
-    named = f" --revision {revision}" if words.language == "sh" else f', revision="{revision}"'
+    path, revision = (base.path, base.revision) if base is not None else ("", None)
+    named = f', revision="{revision}"'
+    if words.language == "sh":
+        path, named = shlex.quote(path), f" --revision {revision}"
     return words.loading.format(
         folder=f"./{facts.form}",
         dtype=facts.dtype,
-        base=base.path if base is not None else "",
+        base=path,
         revision=named if revision else "",
         max_rank=vllm_max_rank(facts.rank) if facts.form == "vllm" and facts.rank else "",
         outtype=facts.outtype,

@@ -41,7 +41,7 @@ def push(run: RunFolder, section: ExportSection, console: Console) -> None:
             api.create_branch(repository, branch=section.hub_revision, exist_ok=True)
         commit = api.create_commit(
             repository,
-            operations=list(_files(folder, forms, repository)),
+            operations=list(_files(folder, forms, repository, section.hub_revision)),
             commit_message=f"Export of rlhf-pipeline: {', '.join(forms)}",
             revision=section.hub_revision,
         )
@@ -62,7 +62,7 @@ def push(run: RunFolder, section: ExportSection, console: Console) -> None:
 _LOGIN = "run `hf auth login` or set HF_TOKEN to a token that may write there"
 
 
-def _files(folder: Path, forms: list[str], repository: str) -> Iterator[Any]:
+def _files(folder: Path, forms: list[str], repository: str, revision: str | None) -> Iterator[Any]:
     """What the commit adds, card by card and file by file."""
     from huggingface_hub import CommitOperationAdd
 
@@ -74,7 +74,7 @@ def _files(folder: Path, forms: list[str], repository: str) -> Iterator[Any]:
             content: str | bytes = str(path)
             if name == "README.md":
                 card = path.read_text(encoding="utf-8")
-                content = on_hub(card, repository, root).encode("utf-8")
+                content = on_hub(card, repository, root, revision).encode("utf-8")
             yield CommitOperationAdd(path_in_repo=inside + name, path_or_fileobj=content)
 
 

@@ -103,13 +103,11 @@ class _Export:
             refuse_untying(self.policy.trunk.model)
         if adapter is None and "policy" in section.adapters:
             self.context.console.print("export: the policy was tuned in full: it has no adapter")
-        if adapter is not None:
-            if section.vllm or "policy" in section.adapters:
-                self.base = self._base_of(self.policy)
-            if "policy" in section.adapters:
-                self._adapter("adapter", self.policy, self.base)
-            if section.vllm:
-                self._adapter("vllm", self.policy, self.base)
+        policy: dict[Form, bool] = {"adapter": "policy" in section.adapters, "vllm": section.vllm}
+        if adapter is not None and any(policy.values()):
+            self.base = self._base_of(self.policy)
+            for form in (form for form, wanted in policy.items() if wanted):
+                self._adapter(form, self.policy, self.base)
         if "sft" in section.adapters:
             sft = self._open("sft")
             self._adapter("sft_adapter", sft, self._base_of(sft))
@@ -128,8 +126,7 @@ class _Export:
     def _open(self, stage: str) -> Handle:
         return self.context.store.open(self.context.parents[stage])
 
-    def _adapter(self, form: Form, handle: Handle, base: Base | None) -> None:
-        assert base is not None
+    def _adapter(self, form: Form, handle: Handle, base: Base) -> None:
         model, adapter = handle.trunk.model, handle.role.adapter
         assert adapter is not None
         folder = self.out / form

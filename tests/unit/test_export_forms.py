@@ -352,12 +352,12 @@ def test_cards_load_from_the_hub(tmp_path: Path) -> None:
     run = TinyRun(with_export(config(tmp_path), merged=True, vllm=True))
     out = export(run)
     card = (out / "adapter" / "README.md").read_text(encoding="utf-8")
-    changed = on_hub(card, "me/mine", "merged")
+    changed = on_hub(card, "me/mine", "merged", None)
     assert 'from_pretrained("me/mine", subfolder="base", dtype="float32")' in changed
     assert 'PeftModel.from_pretrained(base, "me/mine", subfolder="adapter")' in changed
     assert "From the Hub:" in changed and "./base" not in changed
-    merged = on_hub((out / "merged" / "README.md").read_text(), "me/mine", "merged")
+    merged = on_hub((out / "merged" / "README.md").read_text(), "me/mine", "merged", None)
     assert 'AutoTokenizer.from_pretrained("me/mine")' in merged
-    served = on_hub((out / "vllm" / "README.md").read_text(), "me/mine", "merged")
-    assert "After `hf download me/mine --local-dir .`:" in served
+    served = on_hub((out / "vllm" / "README.md").read_text(), "me/mine", "merged", "two")
+    assert "After `hf download me/mine --revision two --local-dir .`:" in served
     assert "vllm serve ./base" in served

@@ -137,6 +137,8 @@ def test_without_a_merged_policy_its_adapter_is_the_repository(
     assert hub.asked[0][1].get("private", hub.asked[0][1].get("visibility")) in (False, "public")
     assert hub.committed["model.safetensors"] == "weights of adapter"
     assert hub.committed["vllm/model.safetensors"] == "weights of vllm"
+    loads = 'load("me/mine", subfolder="base", revision="second", "me/mine", revision="second")'
+    assert loads in hub.committed["README.md"]
 
 
 @pytest.mark.parametrize(("status", "advice"), [(401, True), (403, True), (500, False)])
