@@ -154,6 +154,16 @@ class Codec:
         """What the tokenizer was loaded from."""
         return str(self.tokenizer.name_or_path)
 
+    @property
+    def lead(self) -> str:
+        """The text that the chat template puts before a response."""
+        return self._lead
+
+    @property
+    def has_template(self) -> bool:
+        """Whether a saved tokenizer takes a chat template along."""
+        return self.template_source == "tokenizer" or self._rendered_turns
+
     def same_ids(self, other: "Codec") -> bool:
         """Whether ids of one codec may be read by a model of the other (same vocabulary)."""
         ours, theirs = self.tokenizer, other.tokenizer

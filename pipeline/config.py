@@ -250,9 +250,25 @@ class VllmSection(Section):
 VLLM_MAX_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
-def vllm_refusals(rank: int, *, dora: bool) -> list[str]:
-    """Why vLLM would not load an adapter of this shape, with the remedy; empty if it would."""
+# Families that vLLM serves without adapters (its table of supported models, column LoRA).
+VLLM_WITHOUT_LORA = frozenset(
+    {"bloom", "dbrx", "falcon", "gpt2", "gpt_neox", "gptj", "mpt", "olmoe", "stablelm"}
+)
+
+
+def vllm_max_rank(rank: int) -> int:
+    """The smallest `--max-lora-rank` under which vLLM loads an adapter of this rank."""
+    return next(value for value in VLLM_MAX_RANKS if value >= rank)
+
+
+def vllm_refusals(rank: int, *, dora: bool, model_type: str | None = None) -> list[str]:
+    """Why vLLM would not load an adapter of this shape, with the remedy; empty if it would.
+
+    `model_type` is the base's family, where it is known.
+    """
     faults = []
+    if model_type in VLLM_WITHOUT_LORA:
+        faults.append(f"it serves {model_type} without adapters: take another base")
     if rank > VLLM_MAX_RANKS[-1]:
         faults.append(f"rank {rank} is above {VLLM_MAX_RANKS[-1]}: lower lora.rank")
     if dora:

@@ -5,9 +5,10 @@ on torch's meta device. Nothing is trained and nothing is written.
 """
 
 import ast
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich import box
@@ -16,6 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
+from pipeline.codec import Codec
 from pipeline.config import SourceSection, function_reference
 from pipeline.data import load_corpus
 from pipeline.data.corpus import KINDS
@@ -24,12 +26,15 @@ from pipeline.data.screen import data_table
 from pipeline.errors import ModelError, PipelineError
 from pipeline.models.adapters import adapter_parameters, add_adapter, lora_config
 from pipeline.models.empty import empty_model
-from pipeline.models.loading import explain_load_errors, quantised_loading
+from pipeline.models.loading import explain_load_errors, load_config, quantised_loading
 from pipeline.models.store import find_artifact
 from pipeline.rewards.sources import load_function
 from pipeline.runfolder import RunFolder, verify
 from pipeline.stage import Stage
 from stages.config import RunConfig, check_needs
+from stages.export.classifier import pad_id, refuse_family
+from stages.export.gguf import check_converter
+from stages.export.weights import refuse_vllm
 from stages.memory import free_disk, predicted_files, predicted_footprint
 from stages.memory_screen import disk_table, memory_table
 
@@ -129,6 +134,8 @@ def _check_models(config: RunConfig, stages: Sequence[str], offline: bool) -> It
         yield _examine("ppo.rewards", config.ppo.rewards, config, offline, stage="reward")
     if "evaluation" in stages and config.evaluation.gold is not None:
         yield _examine("evaluation.gold", config.evaluation.gold, config, offline)
+    if "export" in stages:
+        yield from _check_exports(config, offline)
 
 
 def _examine(
@@ -153,6 +160,59 @@ def _examine(
         return Finding(setting, resource, _decoder(resource, config))
     except PipelineError as error:
         return Finding(setting, resource, "", str(error))
+
+
+def _check_exports(config: RunConfig, offline: bool) -> Iterator[Finding]:
+    """Would llama.cpp's converter, vLLM and plain classifiers take what will be there?"""
+    export, policy = config.export, config.ppo.policy or config.model.path
+    looks: list[tuple[str, str, Callable[[], str]]] = []
+    if export.gguf is not None:
+        named = export.gguf
+        looks.append(("export.gguf", named, lambda: f"a converter: {check_converter(named).name}"))
+    if export.vllm and policy is not None and not find_artifact(policy, "sft"):
+        looks.append(("export.vllm", policy, lambda: _served(policy, config)))
+    if export.asks_for_reward and config.model.path is not None:
+        base = config.model.path
+        looks.append(("export.reward", base, lambda: _scored(base, config)))
+    for setting, resource, look in looks:
+        try:
+            away = setting != "export.gguf" and offline and not Path(resource).exists()
+            yield Finding(setting, resource, OFFLINE if away else look())
+        except PipelineError as error:
+            yield Finding(setting, resource, "", str(error))
+
+
+def _served(path: str, config: RunConfig) -> str:
+    """vLLM would take the run's adapter on this base. Raises PipelineError."""
+    if (Path(path) / "adapter_config.json").exists():
+        return "a PEFT adapter; looked at when it is opened"
+    model = empty_model(config.model.model_copy(update={"quantization": "none"}), path)
+    with torch.device("meta"):
+        add_adapter(model, _ADAPTER, lora_config(config.lora))
+    refuse_vllm(model, _ADAPTER)
+    return f"vLLM takes adapters on {model.config.model_type}"
+
+
+def _scored(path: str, config: RunConfig) -> str:
+    """A plain classifier would give the reward model's scores. Raises PipelineError."""
+    shape, tokenizer = _shape_and_tokenizer(path, config)
+    refuse_family(shape)
+    codec = Codec(tokenizer, chat_template=config.model.chat_template)
+    id_ = pad_id(codec, shape.get_text_config().vocab_size)
+    return f"a plain classifier scores it, padded with {tokenizer.convert_ids_to_tokens(id_)}"
+
+
+def _shape_and_tokenizer(path: str, config: RunConfig) -> tuple[Any, Any]:
+    from transformers import AutoTokenizer
+
+    section = config.model
+    revision = section.revision if path == section.path else None
+    shape = load_config(section, path, revision)
+    with explain_load_errors(path, revision):
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, revision=revision or "main", trust_remote_code=section.trust_remote_code
+        )
+    return shape, tokenizer
 
 
 def _function(where: str, name: str) -> str:
@@ -194,19 +254,13 @@ def _built(config: RunConfig) -> str:
 
 def _decoder(path: str, config: RunConfig) -> str:
     """Config, tokenizer, limits and adapter targets of a causal model. Raises PipelineError."""
-    from transformers import AutoTokenizer
-
     section = config.model
-    revision = section.revision if path == section.path else None
     accelerated = config.run.device != "cpu" and torch.cuda.is_available()
     quantised_loading(section, torch.device("cuda" if accelerated else "cpu"))
     model = empty_model(section.model_copy(update={"quantization": "none"}), path)
     shape = model.config
     _check_weights(Path(path))
-    with explain_load_errors(path, revision):
-        tokenizer = AutoTokenizer.from_pretrained(
-            path, revision=revision or "main", trust_remote_code=section.trust_remote_code
-        )
+    _, tokenizer = _shape_and_tokenizer(path, config)
     text = shape.get_text_config()
     config.check_positions(path, shape)
     if len(tokenizer) > text.vocab_size:

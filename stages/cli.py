@@ -40,7 +40,7 @@ SUMMARY_OF_VERB = {
     "reward": "Train a reward model from rankings, starting from the SFT model.",
     "ppo": "Optimise the policy with PPO against the reward model.",
     "evaluate": "Compare the SFT policy, the PPO policy and best-of-n on held-out prompts.",
-    "export": "Write the policy as folders that plain transformers and peft load.",
+    "export": "Write the run's models as folders and files that other programs load.",
 }
 # `run` makes these, and of the others those that they need.
 RESULTS = ("evaluate", "export")
@@ -301,6 +301,10 @@ def _run_chain(
     )
     with chain.runtime.leaving_together():
         chain.run(only=None if only is None else stages[-1].name)
+        if config.export.push_to_hub is not None and stages[-1].name == "export":
+            from stages.export.hub import push
+
+            chain.runtime.from_main(lambda: push(chain.folder, config.export, console))
     console.print(f"Look at the run with: rlhf show {chain.folder.root}", highlight=False)
 
 

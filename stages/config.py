@@ -19,7 +19,7 @@ from pipeline.config import (
 )
 from pipeline.errors import ConfigError, ModelError
 from stages.evaluation.config import EvaluationSection
-from stages.export.config import ExportSection
+from stages.export.config import CLASSIFIED, ExportSection
 from stages.ppo.config import PpoSection
 from stages.reward.config import RewardSection
 from stages.sft.config import SftSection
@@ -74,6 +74,54 @@ class RunConfig(Section):
             raise ValueError(
                 f"ppo.rollout.engine is vllm, which cannot load the run's adapters: "
                 f"{'; '.join(faults)} (section lora), or set ppo.rollout.engine to native"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _vllm_can_load_the_exported_adapter(self) -> "RunConfig":
+        if not self.export.vllm:
+            return self
+        if self.ppo.tuning == "full":
+            raise ValueError(
+                "export.vllm is true but ppo.tuning is full, so the policy has no adapter: vLLM "
+                "serves `merged/`, which is written anyway; set export.vllm to false"
+            )
+        family = self.model.architecture.model_type if self.model.init == "config" else None
+        faults = vllm_refusals(self.lora.rank, dora=self.lora.use_dora, model_type=family)
+        if faults:
+            raise ValueError(
+                f"export.vllm is true, but vLLM cannot load the run's adapters: "
+                f"{'; '.join(faults)}, or set export.vllm to false and export.merged to true, "
+                "which vLLM serves as it is"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _exported_roles_are_the_runs(self) -> "RunConfig":
+        export = self.export
+        for role in ("sft", "reward"):
+            if role in export.adapters and getattr(self, role).tuning == "full":
+                instead = " and set export.reward to true" if role == "reward" else ""
+                raise ValueError(
+                    f"export.adapters has {role} but {role}.tuning is full, so it has no adapter: "
+                    f"take {role} out of export.adapters{instead}"
+                )
+        if "sft" in export.adapters and self.ppo.policy is not None:
+            raise ValueError(
+                f"export.adapters has sft but ppo.policy is {self.ppo.policy!r}, so PPO starts "
+                "from no SFT model of this run: take sft out of export.adapters"
+            )
+        if export.asks_for_reward and self.ppo.rewards is not None:
+            raise ValueError(
+                f"export.reward or export.adapters asks for the reward model but ppo.rewards is "
+                f"{self.ppo.rewards!r}, so the run trains none: remove one of the two"
+            )
+        family = self.model.architecture.model_type
+        if export.asks_for_reward and self.model.init == "config" and family not in CLASSIFIED:
+            raise ValueError(
+                f"export.reward or export.adapters asks for the reward model, but no classifier of "
+                f"transformers is known to give its scores on {family}: take another "
+                f"model.architecture.model_type ({', '.join(sorted(CLASSIFIED))}), or leave it out"
             )
         return self
 

@@ -238,20 +238,38 @@ def _states(stage: str, trained: Sequence[nn.Parameter], *, keeps_best: bool) ->
 
 
 def _exported(config: RunConfig, policy: int, *, tuned_in_full: bool) -> Iterator[Files]:
-    if tuned_in_full:
-        yield Files("export", "merged/", policy)
-        return
+    """The forms of the export; a GGUF file as if its type were that of `merged/`."""
+    export = config.export
     plain = config.model.model_copy(update={"quantization": "none"})
     rehearsal = Rehearsal(config.model_copy(update={"model": plain}))
-    start = rehearsal.ppo()[0]["reference"]
-    assert isinstance(start, Handle)
-    base = _saved(start.with_role("base", adapter=None))
-    if config.export.adapter:
-        yield Files("export", "adapter/", policy)
-        if _run_made_the_base(config):
-            yield Files("export", "base/", base)
-    if config.export.merged:
-        yield Files("export", "merged/", base)
+    kept = torch_dtype(plain.dtype)
+    width = torch_dtype(export.dtype or plain.dtype).itemsize / kept.itemsize
+    whole = policy
+    if not tuned_in_full:
+        whole = _base_size(rehearsal.ppo()[0]["policy"])
+        forms = {"adapter/": "policy" in export.adapters, "vllm/": export.vllm}
+        for form in (form for form, wanted in forms.items() if wanted):
+            yield Files("export", form, policy)
+        if any(forms.values()) and _run_made_the_base(config):
+            yield Files("export", "base/", whole)
+    if "sft" in export.adapters:
+        yield Files("export", "sft_adapter/", _saved(rehearsal.sft()[0]["sft"]))
+    if export.reward or "reward" in export.adapters:
+        reward = rehearsal.reward()[0]["reward"]
+        if "reward" in export.adapters:
+            yield Files("export", "reward_adapter/", _saved(reward))
+        if export.reward:
+            yield Files("export", "reward/", int(width * _base_size(reward)))
+    if export.merged or tuned_in_full:
+        yield Files("export", "merged/", int(width * whole))
+    if export.gguf is not None:
+        yield Files("export", "gguf/", int(width * whole))
+
+
+def _base_size(handle: Handle | nn.Module) -> int:
+    """Bytes of the base that a handle stands on, or of its own weights."""
+    assert isinstance(handle, Handle)
+    return _saved(handle.with_role("base", adapter=None, head=None))
 
 
 def _run_made_the_base(config: RunConfig) -> bool:

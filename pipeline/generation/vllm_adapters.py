@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pipeline.config import VLLM_MAX_RANKS, VllmSection, vllm_refusals
+from pipeline.config import VllmSection, vllm_max_rank, vllm_refusals
 from pipeline.errors import ConfigError
 from pipeline.generation.json_http import JsonServer, ServerFault
 from pipeline.models.adapters import save_adapter
@@ -123,11 +123,11 @@ class AdapterHandover:
 
     def _check(self, handle: Handle, longest: int) -> None:
         """Before the first version: is this the server that the run needs?"""
-        adapter = handle.trunk.model.peft_config[handle.role.adapter]
-        refusals = vllm_refusals(adapter.r, dora=adapter.use_dora) + _peft_refusals(adapter)
-        if refusals:
+        assert handle.role.adapter is not None
+        faults = adapter_refusals(handle.trunk.model, handle.role.adapter)
+        if faults:
             raise ConfigError(
-                f"vLLM cannot load the policy's adapter: {'; '.join(refusals)}. Set "
+                f"vLLM cannot load the policy's adapter: {'; '.join(faults)}. Set "
                 "ppo.rollout.engine to native, or start from another adapter (ppo.policy)"
             )
         command = serve_command(handle, self._section, longest)
@@ -178,16 +178,22 @@ class AdapterHandover:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _peft_refusals(adapter: Any) -> list[str]:
-    """What vLLM's reader of PEFT adapters refuses or passes over in silence."""
-    found = []
+def adapter_refusals(model: Any, name: str) -> list[str]:
+    """What vLLM's reader of PEFT adapters refuses or passes over in silence of adapter `name`."""
+    adapter = model.peft_config[name]
+    family = model.config.model_type
+    found = vllm_refusals(adapter.r, dora=adapter.use_dora, model_type=family)
+    if model.config.is_encoder_decoder:
+        found.append(f"it serves no encoder-decoder ({family}) with adapters: take another base")
     if adapter.bias != "none":
         found.append(f"it has biases (bias={adapter.bias})")
     if adapter.modules_to_save:
         found.append(f"it replaces whole modules (modules_to_save={adapter.modules_to_save})")
-    for name in ("rank_pattern", "alpha_pattern"):
-        if getattr(adapter, name, None):
-            found.append(f"its layers differ in scale ({name})")
+    for pattern in ("rank_pattern", "alpha_pattern"):
+        if getattr(adapter, pattern, None):
+            found.append(f"its layers differ in scale ({pattern})")
+    if adapter.target_parameters:
+        found.append(f"it adapts bare parameters (target_parameters={adapter.target_parameters})")
     return found
 
 
@@ -212,8 +218,7 @@ def _same(served: str, path: str) -> bool:
 def serve_command(handle: Handle, section: VllmSection, longest: int) -> str:
     """The shell command that starts the server that this policy needs."""
     origin = handle.trunk.origin
-    rank = handle.trunk.model.peft_config[handle.role.adapter].r
-    max_rank = next(value for value in VLLM_MAX_RANKS if value >= rank)
+    max_rank = vllm_max_rank(handle.trunk.model.peft_config[handle.role.adapter].r)
     words = ["vllm", "serve", origin.path]
     if origin.revision is not None:
         words += ["--revision", origin.revision]

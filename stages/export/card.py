@@ -5,48 +5,19 @@ bases are named in the text.
 """
 
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import yaml
 
-Form = Literal["adapter", "base", "merged"]
+from pipeline.config import vllm_max_rank
+from stages.export.classifier import Scoring
+from stages.export.forms import FORMS, TEXT_IDS, TURN_IDS, Form
+
 Template = Literal["own", "plain", "none"]  # the base tokenizer's chat template, ours, or none
-BESIDE = "./base"  # how an adapter names the base that is exported beside it
-
-_LOAD_MODEL = """\
-from transformers import {auto_class}, AutoTokenizer
-
-model = {auto_class}.from_pretrained("{folder}", dtype="{dtype}")
-tokenizer = AutoTokenizer.from_pretrained("{folder}")"""
-_LOAD_ADAPTER = """\
-from peft import PeftModel
-from transformers import {auto_class}, AutoTokenizer
-
-base = {auto_class}.from_pretrained("{base}"{revision}, dtype="{dtype}")
-model = PeftModel.from_pretrained(base, "{folder}")
-tokenizer = AutoTokenizer.from_pretrained("{folder}")"""
-
-_PIPELINE = {
-    "AutoModelForCausalLM": "text-generation",
-    "AutoModelForSeq2SeqLM": "text2text-generation",
-}
-_TITLE = {
-    "adapter": "RLHF policy (LoRA adapter)",
-    "base": "Base of an RLHF policy",
-    "merged": "RLHF policy",
-}
-_WHAT = {
-    "adapter": "the policy as a LoRA adapter (PEFT)",
-    "base": "the base model of the policy's adapter, which lies beside it in `adapter/`",
-    "merged": "the policy as one plain model",
-}
-_WHOSE_NUMBERS = {
-    "adapter": "On its base, this is the policy called PPO.",
-    "base": "With the adapter, this is the policy called PPO.",
-    "merged": "This is the policy called PPO.",
-}
+_SEQ2SEQ = "AutoModelForSeq2SeqLM"
 
 
 @dataclass(frozen=True)
@@ -60,6 +31,11 @@ class Base:
     on_hub: bool
     revision: str | None = None
     files: Mapping[str, str] = field(default_factory=dict)  # weight file -> SHA-256
+
+    @property
+    def is_beside(self) -> bool:
+        """Whether it is exported beside the adapter: then `path` begins in the export folder."""
+        return self.path.startswith("./")
 
 
 @dataclass(frozen=True)
@@ -87,53 +63,89 @@ class CardFacts:
     data: tuple[Data, ...]
     report: str  # Markdown of the evaluation, with headings of its own
     stop_tokens: tuple[str, ...]
+    end_token: str  # the one that training appends
+    lead: str  # what the template puts before a response
     template: Template
     text_as_turn: bool  # a plain-text prompt is rendered as a user's turn
     versions: Mapping[str, str]
+    rank: int | None  # of the adapter
+    scoring: Scoring | None  # of a reward model
+    outtype: str  # of GGUF
 
 
 def model_card(facts: CardFacts) -> str:
     """README.md of one exported folder."""
+    words = FORMS[facts.form]
     header = yaml.safe_dump(_header(facts), sort_keys=False, allow_unicode=True)
     report = re.sub(r"^# .*\n+", "", facts.report.strip())  # its title; its sections follow ours
+    rewards = words.task == "text-classification"
     sections = [
         f"---\n{header}---",
-        f"# {_TITLE[facts.form]}",
-        f"This folder is {_WHAT[facts.form]}. Training started from {facts.start}; the steps of "
+        f"# {words.title}",
+        f"This folder is {words.what}. Training started from {facts.start}; the steps of "
         f"RLHF (Ouyang et al. 2022, arXiv:2203.02155) were {facts.steps}.",
         "## Loading",
-        f"From the folder that holds this one:\n\n```python\n{_loading(facts)}\n```",
+        f"{_HERE}\n\n```{words.language}\n{_loading(facts)}\n```",
         _base_note(facts),
-        _prompt_note(facts),
+        _scoring_note(facts) if facts.scoring else _prompt_note(facts),
         "## Data",
         _data_table(facts.data),
         "## Evaluation",
-        _WHOSE_NUMBERS[facts.form],
+        words.whose_numbers,
         report,
         "## Intended use",
-        "- The policy was optimised against a reward that stands in for people's preferences; "
-        "a high reward does not make a response true, useful or safe.\n"
-        "- It was measured on held-out prompts of its own data only, and no safety evaluation "
-        "was made. Test it on your own use before relying on it.\n"
-        "- What is wrong with the data (errors, offence, bias) can be wrong with the policy.",
+        _REWARD_USE if rewards else _POLICY_USE,
         "Made with " + ", ".join(f"{name} {v}" for name, v in facts.versions.items()) + ".",
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
+_HERE = "From the folder that holds this one:"
+_POLICY_USE = """\
+- The policy was optimised against a reward that stands in for people's preferences; a high reward \
+does not make a response true, useful or safe.
+- It was measured on held-out prompts of its own data only, and no safety evaluation was made. \
+Test it on your own use before relying on it.
+- What is wrong with the data (errors, offence, bias) can be wrong with the policy."""
+_REWARD_USE = """\
+- Scores compare responses to one prompt. They stand in for the preferences of the people who \
+ranked the training data; a high score does not make a response true, useful or safe.
+- It was measured on held-out rankings of its own data only. A policy that is optimised against it \
+finds responses that it scores too high.
+- What is wrong with the data (errors, offence, bias) can be wrong with the scores."""
+
+
+def on_hub(card: str, repository: str, at_root: str, revision: str | None) -> str:
+    """The card of a folder as the Hub shows it: its Python loads from `repository`.
+
+    The form `at_root` lies in the repository itself, the others in folders of their names.
+    """
+
+    def place(match: re.Match[str]) -> str:
+        folder = match[1]
+        inside = "" if folder == at_root else f', subfolder="{folder}"'
+        branch = "" if revision is None else f', revision="{revision}"'
+        return f'"{repository}"{inside}{branch}'
+
+    changed = re.sub(r'"\./(\w+)"', place, card)
+    branch = "" if revision is None else f" --revision {revision}"
+    here = f"After `hf download {repository}{branch} --local-dir .`:"
+    return changed.replace(_HERE, "From the Hub:" if changed != card else here)
+
+
 def _header(facts: CardFacts) -> dict[str, Any]:
+    words = FORMS[facts.form]
     header: dict[str, Any] = {}
-    if facts.form == "adapter":
-        assert facts.base is not None
+    if facts.base is not None and facts.form not in ("base", "reward_base"):
         if facts.base.on_hub:
             header["base_model"] = facts.base.path
     elif facts.start_hub_id:
         header["base_model"] = facts.start_hub_id
-    header["library_name"] = "peft" if facts.form == "adapter" else "transformers"
-    header["pipeline_tag"] = _PIPELINE[facts.auto_class]
-    header["tags"] = ["rlhf", "sft"] if facts.form == "base" else ["rlhf", "ppo"]
-    if facts.form == "adapter":
-        header["tags"].append("lora")
+    header["library_name"] = words.library
+    generates = words.task == "text-generation"
+    is_seq2seq = generates and facts.auto_class == _SEQ2SEQ
+    header["pipeline_tag"] = "text2text-generation" if is_seq2seq else words.task
+    header["tags"] = list(words.tags)
     datasets = dict.fromkeys(data.hub_id for data in facts.data if data.hub_id)
     if datasets:
         header["datasets"] = list(datasets)
@@ -141,35 +153,56 @@ def _header(facts: CardFacts) -> dict[str, Any]:
 
 
 def _loading(facts: CardFacts) -> str:
-    folder = f"./{facts.form}"
-    if facts.form != "adapter":
-        return _LOAD_MODEL.format(folder=folder, dtype=facts.dtype, auto_class=facts.auto_class)
-    assert facts.base is not None
-    revision = f', revision="{facts.base.revision}"' if facts.base.revision else ""
-    return _LOAD_ADAPTER.format(
-        base=facts.base.path,
-        revision=revision,
-        folder=folder,
+    base, how = facts.base, facts.scoring
+    words = FORMS[facts.form]
+    path, revision = (base.path, base.revision) if base is not None else ("", None)
+    named = f', revision="{revision}"'
+    if words.language == "sh":
+        path, named = shlex.quote(path), f" --revision {revision}"
+    return words.loading.format(
+        folder=f"./{facts.form}",
         dtype=facts.dtype,
         auto_class=facts.auto_class,
+        base=path,
+        revision=named if revision else "",
+        max_rank=vllm_max_rank(facts.rank) if facts.form == "vllm" and facts.rank else "",
+        outtype=facts.outtype,
+        shift=how.shift if how is not None else 0.0,
+        pad_id=how.pad_id if how is not None else 0,
+        prompt_ids=TURN_IDS if facts.text_as_turn else TEXT_IDS,
+        response=f"{facts.lead!r} + response" if facts.text_as_turn and facts.lead else "response",
+        end_token=facts.end_token,
+    )
+
+
+def _scoring_note(facts: CardFacts) -> str:
+    """What a logit is, and what the classifier expects of a row."""
+    how = facts.scoring
+    assert how is not None
+    return (
+        f"The score of this run's reward model is logit - `reward_shift`, and `reward_shift` is "
+        f"{how.shift!r}: the classifier has no bias, and the scale is part of its weights. Its "
+        f"logit is that of the last token that is not the pad token `{how.pad_token}`; so every "
+        f"row ends with the response's end token `{facts.end_token}`, as in training. Pad on the "
+        "right."
     )
 
 
 def _base_note(facts: CardFacts) -> str:
     base = facts.base
-    if facts.form == "merged" or base is None:
+    if base is None:
         return ""
     if base.on_hub:
         commit = f", commit `{base.revision}`" if base.revision else ""
         return f"The adapter belongs to the base model `{base.path}`{commit}."
     hashes = "\n".join(f"- `{name}`: SHA-256 `{digest}`" for name, digest in base.files.items())
     beside = (
-        "The adapter belongs to the model in `base/` beside it; move both together."
-        if base.path == BESIDE
+        f"The adapter belongs to the model in `{base.path[2:]}/` beside it; move both together."
+        if base.is_beside
         else f"The adapter belongs to the model in `{base.path}`."
     )
     return (
-        f"{beside} On other weights it would give other text without any error; these are the "
+        f"{beside} On other weights it would give other numbers without any error; these are the "
         f"right ones:\n\n{hashes}"
     )
 
@@ -187,7 +220,10 @@ def _prompt_note(facts: CardFacts) -> str:
         prompts = f"Prompts are rendered {template}, plain text as a user's turn"
     else:
         prompts = f"{texts}; conversations are rendered {template}" if template else texts
-    return f"{prompts}. Responses end at {stops} (set in `generation_config.json`)."
+    where = "set in `generation_config.json`"
+    if facts.form == "gguf":
+        where = "the file names one of them; give a program the others itself"
+    return f"{prompts}. Responses end at {stops} ({where})."
 
 
 def _data_table(data: tuple[Data, ...]) -> str:

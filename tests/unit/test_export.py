@@ -24,7 +24,7 @@ ABOUT = {"about": {"versions": {"torch": "2.13.0"}}}
 
 def export(run: TinyRun) -> Path:
     """Run the stage after an evaluation that left a report; returns its folder."""
-    context = run.context("export", ("ppo", "evaluation"))
+    context = run.context("export", ExportStage().needs(run.config))
     folder = context.parents["evaluation"]
     folder.mkdir()
     (folder / "report.md").write_text(REPORT, encoding="utf-8")
@@ -126,7 +126,7 @@ def test_the_base_is_named_with_its_hash(lora: tuple[TinyRun, Path]) -> None:
     record = json.loads((folder / "export.json").read_text())
     assert record["base"]["files"] == {"model.safetensors": digest}
     assert record.keys() == {"policy", "forms", "base"}  # and no name of a run
-    assert record["forms"] == ["adapter", "base", "merged"]
+    assert record["forms"] == ["base", "adapter", "merged"]
     assert digest in (folder / "adapter" / "README.md").read_text()
 
 

@@ -15,6 +15,7 @@ from pipeline.config import ArchitectureSection, LoraSection, ModelSection
 from pipeline.models.footprint import Cost, at_first_step, divided, measured, peaks, record
 from pipeline.runfolder import RunFolder
 from stages.config import RunConfig
+from stages.export.config import ExportSection
 from stages.memory import Files, predicted_files, predicted_footprint
 from stages.memory_screen import disk_table, memory_table
 from stages.ppo.config import PpoSection
@@ -163,6 +164,27 @@ def test_disk_by_hand() -> None:
         Files("ppo", "artifact", TRAINED),
         Files("ppo", "checkpoints: the best policy and the last", 2 * TRAINED),
         Files("export", "merged/", TRAINED),
+    ]
+
+
+def test_disk_of_an_export_by_hand() -> None:
+    """In bfloat16 a weight has half of float32's bytes; a classifier has no other output layer."""
+    export = ExportSection(
+        adapters=("policy", "reward"),
+        vllm=True,
+        merged=True,
+        reward=True,
+        gguf="convert_hf_to_gguf.py",
+        dtype="bfloat16",
+    )
+    assert predicted_files(config().model_copy(update={"export": export}), ["export"]) == [
+        Files("export", "adapter/", ADAPTER),
+        Files("export", "vllm/", ADAPTER),
+        Files("export", "base/", TRAINED),
+        Files("export", "reward_adapter/", ADAPTER + HEAD),
+        Files("export", "reward/", TRAINED // 2),
+        Files("export", "merged/", TRAINED // 2),
+        Files("export", "gguf/", TRAINED // 2),
     ]
 
 
