@@ -1,0 +1,284 @@
+"""Small models of the families that docs/models.md lists, as folders that `model.path` names.
+
+Each is built from its architecture's own config, with what makes the family its own: how positions
+are told, what is tied or shared, windows, caps, experts. Its tokenizer is of the class that its
+checkpoints have, trained here. Weights are random, and far enough apart that logits are not
+uniform.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+VOCABULARY = 400
+WORDS = "good bad kind rude calm loud clear vague short long warm cold".split()
+ROWS = [
+    {"prompt": f"say {word} {number}", "chosen": f"{word} {number}.", "rejected": f"no {number}"}
+    for number, word in enumerate(WORDS * 3)
+]
+TEXTS = [text for row in ROWS for text in row.values()] * 4
+SHAPE = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "max_position_embeddings": 64,
+}
+EXPERTS = {"num_key_value_heads": 2, "num_experts_per_tok": 2}
+
+
+# --- tokenizers -----------------------------------------------------------------------------------
+
+
+@cache
+def trained(class_name: str, bos: bool = False, more: tuple[str, ...] = (), **names: str) -> Any:
+    """A tokenizer of transformers' class, trained on this page's texts.
+
+    `bos`: every text begins with the begin token; `more`: further special tokens.
+    """
+    import transformers
+
+    untrained = getattr(transformers, class_name)(**names)
+    tokenizer = untrained.train_new_from_iterator(TEXTS, VOCABULARY)
+    if more:
+        tokenizer.add_special_tokens({"additional_special_tokens": list(more)})
+    if bos:
+        tokenizer.add_bos_token = True
+    return tokenizer
+
+
+# As each family's checkpoints have it. GPT-2 and Llama 3 have no pad token at all.
+def gpt2_tokenizer() -> Any:
+    """Byte-level BPE; no pad token."""
+    return trained("GPT2Tokenizer")
+
+
+def wordpiece() -> Any:
+    """BERT's, which some GPT-2 models for Chinese have: [CLS] before and [SEP] after each text."""
+    return trained("BertTokenizer", eos_token="[SEP]", bos_token="[CLS]")
+
+
+def unigram() -> Any:
+    """SentencePiece Unigram with Metaspace."""
+    return trained("XGLMTokenizer")
+
+
+def neox_tokenizer() -> Any:
+    """Byte-level BPE; Pythia's files name no pad token."""
+    tokenizer = trained("GPTNeoXTokenizer", pad_token="<|endoftext|>")
+    tokenizer.pad_token = None
+    return tokenizer
+
+
+def opt_tokenizer() -> Any:
+    """GPT-2's kind; `</s>` begins each text and ends it."""
+    return trained("GPT2Tokenizer", True, **_names("</s>", "</s>"), pad_token="<pad>")
+
+
+def bloom_tokenizer() -> Any:
+    """Byte-level BPE with a pad token."""
+    return trained("GPT2Tokenizer", **_names("<s>", "</s>"), pad_token="<pad>")
+
+
+def llama3_tokenizer() -> Any:
+    """Byte-level BPE with a begin token and header tokens; no pad token."""
+    names = _names("<|begin_of_text|>", "<|end_of_text|>")
+    headers = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+    return trained("GPT2Tokenizer", True, headers, **names)
+
+
+def _names(bos: str, eos: str) -> dict[str, str]:
+    return {"bos_token": bos, "eos_token": eos, "unk_token": eos}
+
+
+def mistral_tokenizer() -> Any:
+    """SentencePiece BPE; the pad token is the end token, as users often set it."""
+    return trained("LlamaTokenizer", True, pad_token="</s>")
+
+
+def qwen_tokenizer() -> Any:
+    """Byte-level BPE; `<|im_end|>` ends a turn, `<|endoftext|>` pads."""
+    tokenizer = trained("Qwen2Tokenizer", more=("<|im_start|>", "<|im_end|>"))
+    tokenizer.eos_token = "<|im_end|>"
+    return tokenizer
+
+
+def gemma_tokenizer() -> Any:
+    """SentencePiece BPE with a begin token and a pad token."""
+    return trained("GemmaTokenizer", True, ("<start_of_turn>", "<end_of_turn>"))
+
+
+def phi_tokenizer() -> Any:
+    """CodeGen's byte-level BPE; no pad token."""
+    return trained("CodeGenTokenizer")
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAMA3 = (
+    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>"
+    "\n\n{{ m['content'] }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+GEMMA = (
+    "{{ bos_token }}{% for m in messages %}<start_of_turn>"
+    "{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n{{ m['content'] }}<end_of_turn>\n"
+    "{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+
+
+# --- families -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family: its config's fields beside `SHAPE`, its tokenizer and its chat template."""
+
+    model_type: str
+    tokenizer: Callable[[], Any]
+    fields: dict[str, Any] = field(default_factory=dict)
+    template: str | None = None
+    end_of_turn: str | None = None  # ends responses beside the tokenizer's own end
+
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3", "rope_theta": 10_000.0, "factor": 8.0, "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0, "original_max_position_embeddings": 32,
+}  # fmt: skip
+PARTIAL = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.25}
+WINDOWED = {"head_dim": 16, "num_key_value_heads": 2, "sliding_window": 5}
+FAMILIES = {
+    "gpt2": Family("gpt2", gpt2_tokenizer),
+    "gpt2-wordpiece": Family("gpt2", wordpiece),
+    "gpt-neox": Family("gpt_neox", neox_tokenizer, {"rope_parameters": PARTIAL}),
+    "opt": Family("opt", opt_tokenizer, {"ffn_dim": 64}),
+    # OPT 350M: norms after the layers, and embeddings narrower than the states.
+    "opt-350m": Family(
+        "opt",
+        opt_tokenizer,
+        {"ffn_dim": 64, "word_embed_proj_dim": 16, "do_layer_norm_before": False},
+    ),
+    "bloom": Family("bloom", bloom_tokenizer, {"n_layer": 2, "n_head": 4}),
+    "llama3": Family(
+        "llama",
+        llama3_tokenizer,
+        {"num_key_value_heads": 2, "rope_parameters": LLAMA3_ROPE},
+        LLAMA3,
+        "<|eot_id|>",
+    ),
+    "mistral": Family(
+        "mistral", mistral_tokenizer, {"num_key_value_heads": 2, "sliding_window": 5}
+    ),
+    "qwen3": Family(
+        "qwen3",
+        qwen_tokenizer,
+        {"num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": True},
+        CHATML,
+    ),
+    "gemma": Family(
+        "gemma",
+        gemma_tokenizer,
+        {"num_key_value_heads": 1, "head_dim": 16},
+        GEMMA,
+        "<end_of_turn>",
+    ),
+    "gemma2": Family(
+        "gemma2",
+        gemma_tokenizer,
+        WINDOWED
+        | {
+            "query_pre_attn_scalar": 16,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+        },
+        GEMMA,
+        "<end_of_turn>",
+    ),
+    "gemma3": Family(
+        "gemma3_text",
+        gemma_tokenizer,
+        WINDOWED
+        | {
+            "query_pre_attn_scalar": 16,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+        GEMMA,
+        "<end_of_turn>",
+    ),
+    "phi": Family(
+        "phi", phi_tokenizer, {"rope_parameters": PARTIAL | {"partial_rotary_factor": 0.5}}
+    ),
+    "mixtral": Family("mixtral", mistral_tokenizer, EXPERTS | {"num_local_experts": 4}),
+    "qwen3-moe": Family(
+        "qwen3_moe",
+        qwen_tokenizer,
+        EXPERTS | {"num_experts": 4, "moe_intermediate_size": 16, "head_dim": 16},
+        CHATML,
+    ),
+    "xglm": Family(
+        "xglm",
+        unigram,
+        {"d_model": 32, "num_layers": 2, "attention_heads": 4, "ffn_dim": 64},
+    ),
+}
+# Their experts are adapted through `lora.target_parameters`.
+MIXTURES = ("mixtral", "qwen3-moe")
+
+
+def make_model(family: Family, tokenizer: Any, dtype: torch.dtype = torch.float32) -> Any:
+    """A model of the family in plain transformers; the same one each time."""
+    config = AutoConfig.for_model(
+        family.model_type,
+        **SHAPE
+        | family.fields
+        | {
+            "vocab_size": len(tokenizer),
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        },
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    spread(model)
+    return model
+
+
+@torch.no_grad()
+def spread(model: nn.Module) -> None:
+    """Weights further apart, and no bias or norm where it began."""
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.mul_(4)
+        else:
+            parameter.add_(0.1 * torch.randn_like(parameter))
+
+
+def write_model(name: str, folder: Path) -> Path:
+    """Save a family's model and tokenizer as its checkpoints are."""
+    family = FAMILIES[name]
+    tokenizer = family.tokenizer()
+    tokenizer.chat_template = family.template
+    model = make_model(family, tokenizer)
+    ends = [tokenizer.eos_token_id]
+    if family.end_of_turn is not None:
+        ends.append(tokenizer.convert_tokens_to_ids(family.end_of_turn))
+    model.generation_config = GenerationConfig(eos_token_id=ends)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]] = ROWS) -> Path:
+    """Rows as a file of JSON lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
