@@ -156,7 +156,7 @@ LLAMA3_ROPE = {
 }  # fmt: skip
 PARTIAL = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.25}
 WINDOWED = {"head_dim": 16, "num_key_value_heads": 2, "sliding_window": 5}
-FAMILIES = {
+DECODERS = {
     "gpt2": Family("gpt2", gpt2_tokenizer),
     "gpt2-wordpiece": Family("gpt2", wordpiece),
     "gpt-neox": Family("gpt_neox", neox_tokenizer, {"rope_parameters": PARTIAL}),
@@ -230,6 +230,7 @@ FAMILIES = {
         {"d_model": 32, "num_layers": 2, "attention_heads": 4, "ffn_dim": 64},
     ),
 }
+FAMILIES = DECODERS
 # Their experts are adapted through `lora.target_parameters`.
 MIXTURES = ("mixtral", "qwen3-moe")
 
@@ -276,6 +277,21 @@ def write_model(name: str, folder: Path) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def plain_model(folder: Path) -> Any:
+    """The model of a folder in plain transformers."""
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+@torch.no_grad()
+def plain_logprobs(
+    model: Any, prompt: list[int], response: list[int], temperature: float = 1.0
+) -> list[float]:
+    """Log-probs of one response alone: no padding, no mask, no cache."""
+    logits = model(input_ids=torch.tensor([prompt + response])).logits[0] / temperature
+    logprobs = logits.log_softmax(-1)
+    return [logprobs[len(prompt) - 1 + t, token].item() for t, token in enumerate(response)]
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]] = ROWS) -> Path:

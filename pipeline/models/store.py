@@ -113,7 +113,7 @@ class ModelStore:
         for other in adapters.adapter_names(model) - {role.adapter}:
             adapters.remove_adapter(model, other)
         if role.adapter is None:
-            _unwrap(model)
+            adapters.unwrap(model)
         trunk = Trunk(model, source.origin).place(self.device)
         if role.head is not None:
             trunk.heads[role.head] = copy.deepcopy(source.heads[role.head])
@@ -330,18 +330,6 @@ class ModelStore:
         with loading.without_bars(), writing(folder):
             model.save_pretrained(str(folder), state_dict=state)
         handle.codec.save_tokenizer(folder)
-
-
-def _unwrap(model: Any) -> None:
-    """Take the layers of adapters that were removed off, so that others can be added anew."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    for path, layer in list(model.named_modules()):
-        if isinstance(layer, BaseTunerLayer):
-            parent, _, child = path.rpartition(".")
-            setattr(model.get_submodule(parent), child, layer.get_base_layer())
-    if hasattr(model, "peft_config"):
-        del model.peft_config
 
 
 def _free_name(name: str, taken: set[str]) -> str:
