@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 VOCABULARY = 400
-WORDS = "good bad kind rude calm loud clear vague short long warm cold".split()
+WORDS = ["good", "bad", "kind", "rude", "calm", "loud", "clear", "vague", "short", "long", "warm"]
 ROWS = [
     {"prompt": f"say {word} {number}", "chosen": f"{word} {number}.", "rejected": f"no {number}"}
     for number, word in enumerate(WORDS * 3)
@@ -292,6 +292,14 @@ def plain_logprobs(
     logits = model(input_ids=torch.tensor([prompt + response])).logits[0] / temperature
     logprobs = logits.log_softmax(-1)
     return [logprobs[len(prompt) - 1 + t, token].item() for t, token in enumerate(response)]
+
+
+@torch.no_grad()
+def final_state(model: Any, prompt: list[int], response: list[int]) -> torch.Tensor:
+    """The final hidden state (d,) at the response's last token."""
+    decoder = getattr(model, "base_model", model).get_decoder()
+    state: torch.Tensor = decoder(torch.tensor([prompt + response])).last_hidden_state[0, -1]
+    return state
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]] = ROWS) -> Path:

@@ -5,8 +5,7 @@ transformers 5 but parameters (experts, out, in): peft adapts those by name (`ta
 """
 
 import copy
-import re
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
