@@ -7,15 +7,28 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.pytorch_utils import Conv1D
 
 from pipeline.batches import TokenBatch
-from pipeline.config import DataSection, ModelSection
+from pipeline.config import DataSection, LoraSection, ModelSection
+from pipeline.errors import ModelError
 from pipeline.generation import NativeEngine, Sampling
 from pipeline.generation.local import serving
+from pipeline.models import adapters
 from pipeline.models.joiner import PACKED_FAMILIES, DecoderJoiner, PackedJoiner
 from pipeline.models.store import ModelStore
 from pipeline.models.trunk import Handle
-from tests.families import DECODERS, FAMILIES, plain_logprobs, plain_model, write_model
+from tests.families import (
+    DECODERS,
+    FAMILIES,
+    MIXTURES,
+    PARTIAL,
+    Family,
+    make_model,
+    plain_logprobs,
+    plain_model,
+    write_model,
+)
 
 TOLERANCE = 1e-4  # in float32
 TEMPERATURE = 0.7
@@ -95,3 +108,89 @@ def test_sampled(family):
     for prompt, response, told in zip(rows, made.response_ids, made.logprobs, strict=True):
         wanted = plain_logprobs(plain, prompt, response, TEMPERATURE)
         assert told == pytest.approx(wanted, abs=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "other"),
+    [
+        ("gpt-neox", "rope_parameters", PARTIAL | {"partial_rotary_factor": 1.0}),
+        ("gpt-neox", "use_parallel_residual", False),
+        ("opt-350m", "do_layer_norm_before", True),
+        ("llama3", "rope_parameters", {"rope_type": "default", "rope_theta": 10_000.0}),
+        ("mistral", "sliding_window", None),
+        ("gemma2", "sliding_window", 64),
+        ("gemma2", "attn_logit_softcapping", None),
+        ("gemma2", "final_logit_softcapping", None),
+        ("gemma3", "sliding_window", 64),
+        ("phi", "rope_parameters", PARTIAL | {"partial_rotary_factor": 1.0}),
+        ("mixtral", "num_experts_per_tok", 1),
+    ],
+)
+def test_what_makes_a_family_its_own_is_seen_in_the_numbers(name, field, other):
+    """Windows, caps and rotations change log-probs by far more than the tolerance."""
+    family = FAMILIES[name]
+    tokenizer = family.tokenizer()
+    without = Family(family.model_type, family.tokenizer, family.fields | {field: other})
+    response = list(range(20, 40))
+    one, two = (
+        plain_logprobs(make_model(f, tokenizer), [5, 6, 7], response) for f in (family, without)
+    )
+    assert max(abs(a - b) for a, b in zip(one, two, strict=True)) > 10 * TOLERANCE
+
+
+_GATED = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+TARGETS = {
+    "gpt2": {"c_attn", "c_proj", "c_fc"},
+    "gpt-neox": {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"},
+    "opt": {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"},
+    "opt-350m": {
+        "q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2", "project_in", "project_out",
+    },
+    "bloom": {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"},
+    "llama3": _GATED,
+    "mistral": _GATED,
+    "qwen3": _GATED,
+    "gemma": _GATED,
+    "gemma2": _GATED,
+    "gemma3": _GATED,
+    "phi": {"q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"},
+    "xglm": {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"},
+}  # fmt: skip
+
+
+def new_model(name: str) -> Any:
+    family = FAMILIES[name]
+    return make_model(family, family.tokenizer()).requires_grad_(False)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_all_linear_is_every_linear_layer_but_the_output_layer(name):
+    model = new_model(name)
+    layers = {n for n, m in model.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D))}
+    adapters.add_adapter(model, "a", adapters.lora_config(LoraSection(rank=2)))
+    found = {key.split(".lora_")[0] for key, _ in model.named_parameters() if ".lora_" in key}
+    assert found == layers - {"lm_head"}
+    assert {path.rpartition(".")[2] for path in found} == TARGETS[name]
+
+
+def test_every_family_has_its_targets():
+    assert TARGETS.keys() | set(MIXTURES) | {"gpt2-wordpiece"} == DECODERS.keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "words"),
+    [
+        ("gpt2", "q_proj", r"'q_proj'.*GPT2LMHeadModel.*c_attn, c_fc, c_proj$"),
+        ("llama3", "k_porj", r"'k_porj'.*did you mean 'k_proj'\?.*down_proj, gate_proj, k_proj"),
+        ("opt", "mlp", r"'mlp'.*OPTForCausalLM has no such layer"),
+        ("llama3", "mlp", r"'mlp'.*no such layer"),  # it has one, which is no matrix
+    ],
+)
+def test_layers_that_a_family_has_not_are_named_with_those_that_it_has(name, wrong, words):
+    right = sorted(TARGETS[name])[0]
+    lora = LoraSection(rank=2, target_modules=(right, wrong))
+    with pytest.raises(ModelError, match=words):
+        adapters.add_adapter(new_model(name), "a", adapters.lora_config(lora))
+    pattern = adapters.lora_config(LoraSection(rank=2, target_modules=rf".*\.{wrong}"))
+    with pytest.raises(ModelError, match=rf"Its linear layers are: .*{right}"):
+        adapters.add_adapter(new_model(name), "a", pattern)
