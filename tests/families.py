@@ -10,12 +10,14 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 VOCABULARY = 400
 WORDS = ["good", "bad", "kind", "rude", "calm", "loud", "clear", "vague", "short", "long", "warm"]
@@ -148,6 +150,7 @@ class Family:
     fields: dict[str, Any] = field(default_factory=dict)
     template: str | None = None
     end_of_turn: str | None = None  # ends responses beside the tokenizer's own end
+    shape: dict[str, Any] = field(default_factory=lambda: SHAPE)
 
 
 LLAMA3_ROPE = {
@@ -235,11 +238,34 @@ FAMILIES = DECODERS
 MIXTURES = ("mixtral", "qwen3-moe")
 
 
+# Decoders by their `model_type`, built from what their configs know of these fields.
+OTHERS = (
+    "codegen", "cohere", "ctrl", "falcon", "glm", "gpt_bigcode", "gpt_neo", "gpt_oss", "gptj",
+    "granite", "granitemoe", "llama4_text", "mamba", "mpt", "olmo2", "olmoe", "openai-gpt",
+    "persimmon", "phi3", "phimoe", "qwen2", "qwen2_moe", "smollm3", "stablelm", "starcoder2",
+)  # fmt: skip
+SIZES = SHAPE | {
+    "d_model": 32, "n_embd": 32, "n_layer": 2, "n_layers": 2, "n_head": 4, "n_heads": 4,
+    "num_layers": 2, "num_heads": 4, "n_positions": 64, "rotary_dim": 4, "max_seq_len": 64,
+    "attention_types": [[["global", "local"], 1]], "num_key_value_heads": 2, "head_dim": 8,
+    "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+}  # fmt: skip
+
+
+def other_family(model_type: str) -> Family:
+    """A decoder that is none of the table's, by the fields of `SIZES` that its config has."""
+    config = CONFIG_MAPPING[model_type]
+    known = set(signature(config.__init__).parameters) | set(config.attribute_map)
+    fields = {name: size for name, size in SIZES.items() if name in known}
+    return Family(model_type, gpt2_tokenizer, fields, shape={})
+
+
 def make_model(family: Family, tokenizer: Any, dtype: torch.dtype = torch.float32) -> Any:
     """A model of the family in plain transformers; the same one each time."""
     config = AutoConfig.for_model(
         family.model_type,
-        **SHAPE
+        **family.shape
         | family.fields
         | {
             "vocab_size": len(tokenizer),

@@ -73,8 +73,8 @@ def add_adapter(model: Any, name: str, config: "LoraConfig") -> None:
         inject_adapter_in_model(config, model, adapter_name=name)
     except ValueError as error:
         raise ModelError(
-            f"lora.target_modules={config.target_modules!r} do not fit {type(model).__name__}: "
-            f"{error}. Its linear layers are: {known_layers(model)}"
+            f"lora.target_modules do not fit {type(model).__name__}: {error}. Its linear layers "
+            f"are: {known_layers(model)}"
         ) from error
     model.peft_config = {**existing, name: config}
     slim(model)

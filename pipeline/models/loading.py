@@ -128,7 +128,11 @@ def is_quantised(model: Any) -> bool:
 
 
 def load_config(section: ModelSection, path: str, revision: str | None) -> Any:
-    """The architecture's config of a Hub id or folder; refuses what is not a decoder."""
+    """The architecture's config of a Hub id or folder.
+
+    Raises:
+        ModelError: it cannot be read, or is not of a decoder.
+    """
     from transformers import AutoConfig
 
     with explain_load_errors(path, revision):
@@ -140,7 +144,26 @@ def load_config(section: ModelSection, path: str, revision: str | None) -> Any:
             f"{path} is an encoder-decoder ({config.model_type}); policies are decoder-only "
             "models for now"
         )
+    if _reads_ahead(config):
+        raise ModelError(
+            f"{path} ({config.model_type}) is no decoder: its tokens read what comes after them, "
+            "so that it cannot write text from left to right. Name a causal language model"
+        )
     return config
+
+
+# Bidirectional, or of parts that no prompt makes, under transformers' causal language models.
+_NO_DECODERS = {"cpmant", "trocr", "xlm", "xlnet"}
+
+
+def _reads_ahead(config: Any) -> bool:
+    """Encoders of the BERT kind are loaded as language models without `is_decoder`, too."""
+    from transformers import MODEL_FOR_MASKED_LM_MAPPING
+
+    is_encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING
+    return config.model_type in _NO_DECODERS or (
+        is_encoder and not getattr(config, "is_decoder", False)
+    )
 
 
 def build_from_config(section: ArchitectureSection, tokenizer: Any, dtype: torch.dtype) -> Any:

@@ -5,6 +5,7 @@ transformers 5 but parameters (experts, out, in): peft adapts those by name (`ta
 """
 
 import copy
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
@@ -17,27 +18,30 @@ from pipeline.errors import ModelError
 if TYPE_CHECKING:
     from peft import LoraConfig
 
+# Their fused kernels take the weight of `out_proj` past the layer; peft refuses to adapt it.
+_FUSED_FAMILIES = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
+# Subclasses of `nn.Linear` that return something else than a product.
+_OTHERS = re.compile("Router|Grouped")
 # Where a config of transformers says how many experts a layer has.
 _COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
 def resolve_targets(config: "LoraConfig", model: nn.Module) -> None:
-    """Write out what `config` leaves open: experts are `target_parameters` (None: all of them, with
-    `all-linear`), and `all-linear` is what else there is.
+    """Write out what `config` leaves open: the names of `all-linear`, and with it, where
+    `target_parameters` is None, those of all experts.
 
     Raises:
         ModelError: a name fits nothing in the model, or experts are to be adapted with DoRA or
             dropout, which peft has for layers only.
     """
-    experts = expert_parameters(model)
-    if config.target_parameters is None and config.target_modules == ALL_LINEAR:
-        config.target_parameters = experts or None
+    if config.target_modules == ALL_LINEAR:
+        if config.target_parameters is None:
+            config.target_parameters = expert_parameters(model) or None
+        config.target_modules = set(linear_layers(model))
+        config.target_modules = _without_old_experts(config, model)
     if config.target_parameters:
         config.target_parameters = sorted(config.target_parameters)
         _refuse_unusual(config, model)
-    if experts and config.target_modules == ALL_LINEAR:
-        config.target_modules = set(linear_layers(model))
-        config.target_modules = _without_old_experts(config, model)
     _refuse_strangers(config, model)
 
 
@@ -52,14 +56,22 @@ def expert_parameters(model: nn.Module) -> list[str]:
 
 
 def linear_layers(model: Any) -> list[str]:
-    """Names of all linear layers but the output layer, of a model without adapters."""
+    """Names of all linear layers but the output layer, of a model without adapters.
+
+    Left out is what an adapter cannot stand on: routers, and what fused kernels pass by.
+    """
     from transformers.pytorch_utils import Conv1D
 
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    family = getattr(getattr(model, "config", None), "model_type", None)
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and module is not output
+        if isinstance(module, (nn.Linear, Conv1D))
+        and module is not output
+        and not _OTHERS.search(type(module).__name__)
+        and not (family in _FUSED_FAMILIES and _ends(name, "out_proj"))
+        and not _ends(name, "dt_proj")  # Mamba's too is read past its layer: merging would count it
     ]
 
 
@@ -80,9 +92,9 @@ def _ends(name: str, end: str) -> bool:
 
 
 def _without_old_experts(config: "LoraConfig", model: nn.Module) -> set[str]:
-    """The named modules of a mixture that peft does not take for experts of older checkpoints.
+    """The named modules, without those that peft takes for experts of a mixture's old checkpoints.
 
-    Where it meets their old names (`w1`, `gate_proj`), it adapts fused experts, with a rank and a
+    Where it meets their names (`w1`, `gate_proj`), it adapts fused experts, with a rank and a
     router of its own choice, and passes over linear layers of these names (shared experts, dense
     layers). Whoever loads the adapter in plain PEFT would have that, too.
     """

@@ -7,24 +7,32 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
 from pipeline.batches import TokenBatch
+from pipeline.codec import Codec
 from pipeline.config import DataSection, LoraSection, ModelSection
 from pipeline.errors import ModelError
 from pipeline.generation import NativeEngine, Sampling
+from pipeline.generation.caches import needs_static_batches
 from pipeline.generation.local import serving
 from pipeline.models import adapters
 from pipeline.models.joiner import PACKED_FAMILIES, DecoderJoiner, PackedJoiner
+from pipeline.models.loading import load_config
+from pipeline.models.passes import recomputing
 from pipeline.models.store import ModelStore
-from pipeline.models.trunk import Handle
+from pipeline.models.trunk import BaseOrigin, Handle, Role, Trunk
 from tests.families import (
     DECODERS,
     FAMILIES,
     MIXTURES,
+    OTHERS,
     PARTIAL,
     Family,
+    gpt2_tokenizer,
     make_model,
+    other_family,
     plain_logprobs,
     plain_model,
     write_model,
@@ -194,3 +202,48 @@ def test_layers_that_a_family_has_not_are_named_with_those_that_it_has(name, wro
     pattern = adapters.lora_config(LoraSection(rank=2, target_modules=rf".*\.{wrong}"))
     with pytest.raises(ModelError, match=rf"Its linear layers are: .*{right}"):
         adapters.add_adapter(new_model(name), "a", pattern)
+
+
+@pytest.mark.parametrize("model_type", OTHERS)
+def test_other_decoders(model_type, monkeypatch):
+    """Padded log-probs are plain ones, and an adapter computes what its merged weights would."""
+    family = other_family(model_type)
+    tokenizer = family.tokenizer()
+    model, plain = make_model(family, tokenizer), make_model(family, tokenizer)
+    trunk = Trunk(model, BaseOrigin("random", "random"))
+    trunk.freeze()
+    handle = Handle(trunk, Role("base"), Codec(tokenizer))
+    for side in ("left", "right"):
+        assert_plain(handle, plain, monkeypatch, DecoderJoiner(model, side))
+    adapters.add_adapter(model, "a", adapters.lora_config(LoraSection(rank=2)))
+    for parameter in adapters.adapter_parameters(model, "a"):
+        parameter.data = 0.1 * torch.randn(parameter.shape)
+    ids = torch.arange(3, 20).unsqueeze(0)
+    with torch.no_grad():
+        adapters.activate(model, "a")
+        adapted, bare = model(ids).logits, plain(ids).logits
+        adapters.bake(model, "a")
+        baked = model(ids).logits
+    assert (adapted - bare).abs().max() > 1e-2
+    torch.testing.assert_close(adapted, baked, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("model_type", ["bert", "roberta", "xlnet", "cpmant"])
+def test_what_reads_ahead_is_no_decoder(model_type, tmp_path):
+    AutoConfig.for_model(model_type).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=rf"\({model_type}\) is no decoder.*left to right"):
+        load_config(ModelSection(path=str(tmp_path)), str(tmp_path), None)
+    if model_type == "bert":  # some were trained as decoders
+        AutoConfig.for_model(model_type, is_decoder=True).save_pretrained(tmp_path)
+        load_config(ModelSection(path=str(tmp_path)), str(tmp_path), None)
+
+
+def test_models_without_a_cache_get_static_batches():
+    assert needs_static_batches(AutoConfig.for_model("openai-gpt")) == "openai-gpt keeps no cache"
+
+
+def test_layers_that_cannot_be_recomputed_are_said_to_be_so():
+    model = make_model(other_family("ctrl"), gpt2_tokenizer())
+    said = pytest.raises(ModelError, match="set gradient_checkpointing to false")
+    with said, recomputing(model, lambda *_: None):
+        pass
