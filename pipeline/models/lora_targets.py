@@ -37,7 +37,7 @@ def resolve_targets(config: "LoraConfig", model: nn.Module) -> None:
     if config.target_modules == ALL_LINEAR:
         if config.target_parameters is None:
             config.target_parameters = expert_parameters(model) or None
-        config.target_modules = set(linear_layers(model))
+        config.target_modules = linear_layers(model)
         config.target_modules = _without_old_experts(config, model)
     if config.target_parameters:
         config.target_parameters = sorted(config.target_parameters)
@@ -91,7 +91,7 @@ def _ends(name: str, end: str) -> bool:
     return name == end or name.endswith(f".{end}")
 
 
-def _without_old_experts(config: "LoraConfig", model: nn.Module) -> set[str]:
+def _without_old_experts(config: "LoraConfig", model: nn.Module) -> list[str]:
     """The named modules, without those that peft takes for experts of a mixture's old checkpoints.
 
     Where it meets their names (`w1`, `gate_proj`), it adapts fused experts, with a rank and a
@@ -103,18 +103,19 @@ def _without_old_experts(config: "LoraConfig", model: nn.Module) -> set[str]:
     probe = copy.deepcopy(config)
     convert_peft_config_for_transformers(probe, model, None)
     assert probe.target_modules is not None
-    return set(probe.target_modules)
+    return sorted(probe.target_modules)
 
 
 def _refuse_unusual(config: "LoraConfig", model: nn.Module) -> None:
+    names = ", ".join(config.target_parameters or ())
     found = {"dropout": config.lora_dropout, "use_dora": config.use_dora}
     for setting, value in found.items():
         if value:
             raise ModelError(
-                f"lora.{setting} is {str(value).lower()}, but {', '.join(config.target_parameters)}"
-                f" of {type(model).__name__} get adapters as parameters, for which PEFT has no "
-                f"such thing: set lora.{setting} to {str(type(value)()).lower()}, or "
-                "lora.target_parameters to [] to leave them without"
+                f"lora.{setting} is {str(value).lower()}, but {names} of {type(model).__name__} "
+                "get adapters as parameters, for which PEFT has no such thing: set "
+                f"lora.{setting} to {str(type(value)()).lower()}, or lora.target_parameters to [] "
+                "to leave them without"
             )
 
 
@@ -131,7 +132,7 @@ def _refuse_strangers(config: "LoraConfig", model: nn.Module) -> None:
     if config.target_modules is None or isinstance(config.target_modules, str):
         return  # a pattern that fits nothing is refused by peft
     layers = [name for name, m in model.named_modules() if _has_matrix(m)]
-    for end in sorted(_without_old_experts(config, model)):
+    for end in _without_old_experts(config, model):
         if not any(_ends(name, end) for name in layers):
             near = get_close_matches(end, {name.rpartition(".")[2] for name in layers}, 1)
             raise ModelError(
