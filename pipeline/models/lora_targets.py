@@ -45,9 +45,9 @@ def resolve_targets(config: "LoraConfig", model: nn.Module) -> None:
     _refuse_strangers(config, model)
 
 
-def expert_parameters(model: nn.Module) -> list[str]:
+def expert_parameters(model: Any) -> list[str]:
     """The ends of the names of experts' parameters, long enough to be theirs alone."""
-    shape = getattr(model, "config", None)
+    shape = model.config.get_text_config() if hasattr(model, "config") else None
     counts = {getattr(shape, name, None) for name in _COUNTS} - {None, 1}
     named = dict(model.named_parameters())
     found = [name for name, p in named.items() if p.dim() == 3 and p.shape[0] in counts]

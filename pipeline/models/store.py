@@ -10,6 +10,7 @@ An artifact folder holds `handle.json`, `tokenizer/`, and: `adapter/` (plain PEF
 
 import copy
 import os
+from collections.abc import Collection
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -231,18 +232,15 @@ class ModelStore:
 
     def reload(self, handle: Handle, folder: Path) -> None:
         """Set the weights of a handle back to those that it was written with into `folder`."""
-        from safetensors.torch import load_file
-
         trunk, role = handle.trunk, handle.role
         if role.adapter is not None:
             adapters.load_adapter_state(
                 trunk.model, role.adapter, adapters.read_adapter(folder / "adapter")
             )
             return
-        saved: dict[str, Tensor] = {}
-        for path in sorted((folder / "model").glob("*.safetensors")):
-            saved |= load_file(path)
-        for name, tensor in trunk.base_state():
+        own = dict(trunk.base_state())
+        saved = self._read_model(folder / "model", own)
+        for name, tensor in own.items():
             if name in saved:  # of tied weights one name is written
                 local(tensor).copy_(rows_like(saved[name], tensor))
 
@@ -258,6 +256,20 @@ class ModelStore:
         return handle.trunk is other.trunk
 
     # --- inside ---
+
+    def _read_model(self, folder: Path, known: Collection[str]) -> dict[str, Tensor]:
+        """The weights of a model folder under the names that they have in memory."""
+        from safetensors.torch import load_file
+
+        saved: dict[str, Tensor] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            saved |= load_file(path)
+        if saved.keys() <= set(known):
+            return saved
+        # transformers writes the experts of a mixture one by one, and puts them together again.
+        model, _ = loading.load_pretrained(self.section, str(folder), None, torch.device("cpu"))
+        whole: dict[str, Tensor] = model.state_dict()
+        return whole
 
     def _codec(self, tokenizer: Any, stop_ids: frozenset[int]) -> Codec:
         return Codec(

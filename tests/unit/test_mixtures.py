@@ -184,6 +184,21 @@ def test_policy_and_value_train_at_once_with_and_without_recomputation(name, tmp
     assert trunk.base_hash() == before
 
 
+@pytest.mark.parametrize("name", MIXTURES)
+def test_all_weights_are_set_back_to_what_was_written(name, tmp_path):
+    """Experts are one tensor in memory, and written one by one."""
+    store = ModelStore(ModelSection(path=str(write_model(name, tmp_path / "base"))), DataSection())
+    handle = store.trainable_copy(store.pretrained(), "policy", "full", LORA)
+    store.save(handle, tmp_path / "kept")
+    before = {key: tensor.clone() for key, tensor in handle.trunk.base_state()}
+    with torch.no_grad():
+        for parameter in handle.parameters():
+            parameter.add_(1)
+    store.reload(handle, tmp_path / "kept")
+    for key, tensor in handle.trunk.base_state():
+        assert torch.equal(tensor, before[key]), key
+
+
 @pytest.mark.parametrize(
     ("extra", "words"),
     [
