@@ -204,6 +204,9 @@ class ModelSection(Section):
         return self
 
 
+ALL_LINEAR = "all-linear"
+
+
 class LoraSection(Section):
     """Shape of every LoRA adapter of the run; the roles' adapters are copied from one another."""
 
@@ -211,10 +214,31 @@ class LoraSection(Section):
     alpha: Positive = Field(32, description="Scale of the update: alpha / rank times B A x.")
     dropout: Fraction = Field(0.0, description="Dropout on the adapter's input in SFT and reward.")
     target_modules: str | tuple[str, ...] = Field(
-        "all-linear", description="Modules that get an adapter, by name, or `all-linear`."
+        ALL_LINEAR, description="Modules that get an adapter, by name, or `all-linear`."
+    )
+    target_parameters: Literal["auto"] | tuple[str, ...] = Field(
+        "auto",
+        description="Parameters outside linear layers that get an adapter, by the ends of their "
+        "names; `auto` takes the experts of a mixture with `all-linear`, and else none.",
     )
     use_rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) (rsLoRA).")
     use_dora: bool = Field(False, description="Weight-decomposed adapters (DoRA).")
+
+    @model_validator(mode="after")
+    def _parameters_have_plain_adapters(self) -> "LoraSection":
+        if self.target_parameters in ("auto", ()):
+            return self
+        for name, value, off in (
+            ("dropout", self.dropout, "0"),
+            ("use_dora", self.use_dora, "false"),
+        ):
+            if value:
+                raise ValueError(
+                    f"lora.{name} is {str(value).lower()}, which PEFT does not have for "
+                    f"lora.target_parameters: set lora.{name} to {off} or "
+                    "lora.target_parameters to []"
+                )
+        return self
 
 
 class VllmSection(Section):

@@ -6,6 +6,7 @@ convolutions, indexers and layers that read the keys of another layer are transf
 and pass through `StaticEngine`, which leaves the cache to `model.generate`.
 """
 
+from inspect import signature
 from typing import Any
 
 _NATIVE_LAYERS = {"full_attention", "sliding_attention"}
@@ -57,6 +58,11 @@ def needs_static_batches(config: Any) -> str | None:
         return f"{name} is recurrent: its state is not keys and values by token"
     if model_class is not None and not model_class._supports_default_dynamic_cache():
         return f"{name} keeps a cache of its own, not transformers' DynamicCache"
+    if (
+        model_class is not None
+        and "past_key_values" not in signature(model_class.forward).parameters
+    ):
+        return f"{name} keeps no cache"
     return None
 
 

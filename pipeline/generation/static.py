@@ -89,7 +89,7 @@ def _generate_batch(
     listener: Listener | None,
 ) -> list[list[int]]:
     """The responses, stop tokens included; `rows` name the prompts in errors."""
-    from transformers import GenerationConfig
+    from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig
 
     codec, architecture = handle.codec, handle.trunk.model.config
     device = handle.trunk.device
@@ -99,9 +99,11 @@ def _generate_batch(
     # begins with.
     width = 1 if two_sides else len(ids[0])
     watch = _Watch(len(prompts), width, sampling.num_beams, device)
-    heard = {}
+    more: dict[str, Any] = {}
     if listener is not None and sampling.num_beams == 1:
-        heard["streamer"] = _Relay(listener, rows, codec.stop_ids)
+        more["streamer"] = _Relay(listener, rows, codec.stop_ids)
+    if two_sides:  # transformers would make a cache of as many layers as the encoder has
+        more["past_key_values"] = EncoderDecoderCache(DynamicCache(), DynamicCache())
     written = handle.write(
         torch.tensor(ids, device=device),
         attention_mask=torch.tensor(mask, device=device),
@@ -114,7 +116,7 @@ def _generate_batch(
             decoder_start_token_id=architecture.decoder_start_token_id if two_sides else None,
         ),
         logits_processor=[watch, *_warpers(handle, sample_indices, width, sampling)],
-        **heard,
+        **more,
     )
     # What stands behind the first stop id is filler. Whether it is a pad id does not matter: a pad
     # id inside the text is a token like another.

@@ -17,6 +17,7 @@ from torch import nn
 from pipeline.config import LoraSection
 from pipeline.distributed.sharding import local, rows_like, shape, whole
 from pipeline.errors import ModelError
+from pipeline.models.lora_targets import known_layers, resolve_targets
 from pipeline.runfolder import writing
 
 if TYPE_CHECKING:
@@ -31,13 +32,14 @@ def lora_config(lora: LoraSection) -> "LoraConfig":
     """peft's configuration of one adapter."""
     from peft import LoraConfig, TaskType
 
-    modules = lora.target_modules
+    modules, parameters = lora.target_modules, lora.target_parameters
     return LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=lora.rank,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft computes with floats as well
         lora_dropout=lora.dropout,
         target_modules=modules if isinstance(modules, str) else list(modules),
+        target_parameters=None if isinstance(parameters, str) else list(parameters),
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
         bias="none",
@@ -49,6 +51,9 @@ def add_adapter(model: Any, name: str, config: "LoraConfig") -> None:
 
     All adapters of a model take the targets of the first one: `all-linear` resolved again on a
     model that has adapters would find their own matrices.
+
+    Raises:
+        ModelError: the targets do not fit the model.
     """
     from peft import TaskType, inject_adapter_in_model
 
@@ -57,14 +62,19 @@ def add_adapter(model: Any, name: str, config: "LoraConfig") -> None:
     existing: dict[str, LoraConfig] = dict(getattr(model, "peft_config", {}))
     assert name not in existing, f"adapter {name} exists already"
     if existing:
-        config.target_modules = next(iter(existing.values())).target_modules
+        first = next(iter(existing.values()))
+        config.target_modules = first.target_modules
+        config.target_parameters = first.target_parameters
         del model.peft_config  # peft warns of several adapters, which are what we want
     try:
+        if not existing:
+            unwrap(model)  # of adapters that were removed, empty layers are left
+            resolve_targets(config, model)
         inject_adapter_in_model(config, model, adapter_name=name)
     except ValueError as error:
         raise ModelError(
-            f"lora.target_modules={config.target_modules!r} do not fit "
-            f"{type(model).__name__}: {error}"
+            f"lora.target_modules do not fit {type(model).__name__}: {error}. Its linear layers "
+            f"are: {known_layers(model)}"
         ) from error
     if model.config.is_encoder_decoder:  # what plain peft makes of it: the class that generates
         config.task_type = TaskType.SEQ_2_SEQ_LM
@@ -103,14 +113,21 @@ def bake(model: Any, name: str) -> None:
 
     For copies that get weights of their own: merging rounds, so a shared base is never baked.
     """
+    for layer in tuner_layers(model):
+        layer.merge(adapter_names=[name])
+    unwrap(model)
+
+
+def unwrap(model: Any) -> None:
+    """Take peft's layers off, so that the model is one without adapters."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for path, layer in list(model.named_modules()):
-        if isinstance(layer, BaseTunerLayer):
-            layer.merge(adapter_names=[name])
+        # Of layers within one another (an expert's parameters) the outermost has the place.
+        if isinstance(layer, BaseTunerLayer) and not path.endswith(".base_layer"):
             parent, _, child = path.rpartition(".")
             setattr(model.get_submodule(parent), child, layer.get_base_layer())
-    del model.peft_config
+    model.__dict__.pop("peft_config", None)
     model.__dict__.pop(_LAYERS, None)
 
 
@@ -152,6 +169,11 @@ def adapter_parameters(model: Any, name: str) -> list[nn.Parameter]:
 def is_of(key: str, name: str) -> bool:
     """Whether a state's key is of adapter `name`, not of a base's module of that name (`value`)."""
     return re.search(rf"\.lora_\w+\.{re.escape(name)}(\.|$)", key) is not None
+
+
+def base_name(key: str) -> str:
+    """A state's key as a model without adapters has it."""
+    return re.sub(r"\.base_layer(?=\.)", "", key)
 
 
 def adapter_state(model: Any, name: str) -> dict[str, torch.Tensor]:
@@ -220,6 +242,8 @@ def save_adapter(
     config.inference_mode = True
     if not isinstance(config.target_modules, str):
         config.target_modules = sorted(config.target_modules)  # a set's order is not repeatable
+    if config.target_parameters is not None:
+        config.target_parameters = sorted(config.target_parameters)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         save_file(state, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})

@@ -128,13 +128,24 @@ def is_quantised(model: Any) -> bool:
 
 
 def load_config(section: ModelSection, path: str, revision: str | None) -> Any:
-    """The architecture's config of a Hub id or folder."""
+    """The architecture's config of a Hub id or folder.
+
+    Raises:
+        ModelError: it cannot be read, or is not of a language model.
+    """
     from transformers import AutoConfig
 
     with explain_load_errors(path, revision):
-        return AutoConfig.from_pretrained(
+        config = AutoConfig.from_pretrained(
             path, revision=revision or "main", trust_remote_code=section.trust_remote_code
         )
+    if not config.is_encoder_decoder and _reads_ahead(config):
+        raise ModelError(
+            f"{path} ({config.model_type}) is no decoder: its tokens read what comes after them, "
+            "so that it cannot write text from left to right. Name a causal language model or an "
+            "encoder-decoder"
+        )
+    return config
 
 
 def language_model(config: Any) -> Any:
@@ -142,6 +153,20 @@ def language_model(config: Any) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+
+
+# Bidirectional, or of parts that no prompt makes, under transformers' causal language models.
+_NO_DECODERS = {"cpmant", "trocr", "xlm", "xlnet"}
+
+
+def _reads_ahead(config: Any) -> bool:
+    """Encoders of the BERT kind are loaded as language models without `is_decoder`, too."""
+    from transformers import MODEL_FOR_MASKED_LM_MAPPING
+
+    is_encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING
+    return config.model_type in _NO_DECODERS or (
+        is_encoder and not getattr(config, "is_decoder", False)
+    )
 
 
 # Where architectures call the fields of `model.architecture` by other names, for which their

@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.errors import ModelError
 from pipeline.models.adapters import activate
 
 
 def decoder(model: Any) -> Any:
     """The module whose `last_hidden_state` the output layer reads."""
-    return model.get_decoder()
+    found = model.get_decoder()
+    return model.model if found is model else found  # Llama 4 does not find its own
 
 
 def body(model: Any, input_ids: Tensor, **inputs: Any) -> Any:
@@ -118,11 +120,18 @@ def recomputing(
     `again(function, *inputs)` makes their calls (`recomputed`). transformers asks for it in
     training mode only. In evaluation mode (PPO, dropout off) a layer is told that it trains until
     it asks, and computes as it was.
+
+    Raises:
+        ModelError: the architecture's layers are not marked as such.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     found = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
-    assert found, f"{type(model).__name__} has no layers that can be recomputed"
+    if not found:
+        raise ModelError(
+            f"{type(model).__name__} has no layers that can be recomputed: set "
+            "gradient_checkpointing to false"
+        )
     modes = {layer: layer.training for layer in found if layer is not apart}
 
     def run(layer: GradientCheckpointingLayer, function: Callable[..., Any], *args: Any) -> Any:

@@ -10,6 +10,7 @@ An artifact folder holds `handle.json`, `tokenizer/`, and: `adapter/` (plain PEF
 
 import copy
 import os
+from collections.abc import Collection
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -112,7 +113,7 @@ class ModelStore:
         for other in adapters.adapter_names(model) - {role.adapter}:
             adapters.remove_adapter(model, other)
         if role.adapter is None:
-            _unwrap(model)
+            adapters.unwrap(model)
         trunk = Trunk(model, source.origin).place(self.device)
         if role.head is not None:
             trunk.heads[role.head] = copy.deepcopy(source.heads[role.head])
@@ -230,18 +231,15 @@ class ModelStore:
 
     def reload(self, handle: Handle, folder: Path) -> None:
         """Set the weights of a handle back to those that it was written with into `folder`."""
-        from safetensors.torch import load_file
-
         trunk, role = handle.trunk, handle.role
         if role.adapter is not None:
             adapters.load_adapter_state(
                 trunk.model, role.adapter, adapters.read_adapter(folder / "adapter")
             )
             return
-        saved: dict[str, Tensor] = {}
-        for path in sorted((folder / "model").glob("*.safetensors")):
-            saved |= load_file(path)
-        for name, tensor in trunk.base_state():
+        own = dict(trunk.base_state())
+        saved = self._read_model(folder / "model", own)
+        for name, tensor in own.items():
             if name in saved:  # of tied weights one name is written
                 local(tensor).copy_(rows_like(saved[name], tensor))
 
@@ -257,6 +255,20 @@ class ModelStore:
         return handle.trunk is other.trunk
 
     # --- inside ---
+
+    def _read_model(self, folder: Path, known: Collection[str]) -> dict[str, Tensor]:
+        """The weights of a model folder under the names that they have in memory."""
+        from safetensors.torch import load_file
+
+        saved: dict[str, Tensor] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            saved |= load_file(path)
+        if saved.keys() <= set(known):
+            return saved
+        # transformers writes the experts of a mixture one by one, and puts them together again.
+        model, _ = loading.load_pretrained(self.section, str(folder), None, torch.device("cpu"))
+        whole: dict[str, Tensor] = model.state_dict()
+        return whole
 
     def _codec(self, tokenizer: Any, model: Any) -> Codec:
         return Codec(
@@ -330,18 +342,6 @@ class ModelStore:
         with loading.without_bars(), writing(folder):
             model.save_pretrained(str(folder), state_dict=state)
         handle.codec.save_tokenizer(folder)
-
-
-def _unwrap(model: Any) -> None:
-    """Take the layers of adapters that were removed off, so that others can be added anew."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    for path, layer in list(model.named_modules()):
-        if isinstance(layer, BaseTunerLayer):
-            parent, _, child = path.rpartition(".")
-            setattr(model.get_submodule(parent), child, layer.get_base_layer())
-    if hasattr(model, "peft_config"):
-        del model.peft_config
 
 
 def _free_name(name: str, taken: set[str]) -> str:

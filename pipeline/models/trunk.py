@@ -20,6 +20,7 @@ from pipeline.models.adapters import (
     activate,
     adapter_names,
     adapter_parameters,
+    base_name,
     is_of,
     tuner_layers,
 )
@@ -317,7 +318,7 @@ class Trunk(nn.Module):
         }
         for key, parameter in self.model.named_parameters():
             if id(parameter) not in adapters:
-                yield key.replace(".base_layer.", "."), parameter
+                yield base_name(key), parameter
 
     def base_state(self) -> Iterator[tuple[str, Tensor]]:
         """The base's state under the names of a model without adapters, for saving."""
@@ -325,10 +326,7 @@ class Trunk(nn.Module):
         for key, tensor in self.model.state_dict(keep_vars=True).items():
             if not any(is_of(key, name) for name in adapters):
                 # Detached, a weight under ZeRO-3 would not be known as one.
-                yield (
-                    key.replace(".base_layer.", "."),
-                    (tensor if is_sharded(tensor) else tensor.detach()),
-                )
+                yield base_name(key), tensor if is_sharded(tensor) else tensor.detach()
 
     def role_parameters(self, role: Role) -> list[nn.Parameter]:
         """What training the role would train: its adapter, or the whole base; and its head."""

@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from pipeline.config import ArchitectureSection
@@ -48,16 +48,22 @@ evaluation: {prompts: 2, max_new_tokens: 4, max_n: 2}
 WHOLE_CHAIN = ["sft", "reward", "ppo", "evaluation", "export"]
 
 
-def make_base(width: int, folder: Path) -> None:
+def make_base(width: int, folder: Path, model_type: str, **extra: object) -> None:
     """A base with an output layer of its own; nothing else in the process has its widths."""
     torch.manual_seed(0)
     tokenizer = loading.train_tokenizer(["good bad say"], 301)
     shape = ArchitectureSection(
-        hidden_size=width, num_hidden_layers=2, num_attention_heads=2,
+        model_type=model_type, hidden_size=width, num_hidden_layers=2, num_attention_heads=2,
         intermediate_size=2 * width + 6, max_position_embeddings=64, tie_word_embeddings=False,
+        extra=extra,
     )  # fmt: skip
     loading.build_from_config(shape, tokenizer, torch.float32).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def read(folder: Path) -> dict[str, torch.Tensor]:
+    """A folder's weights as transformers has them in memory, where experts are one tensor."""
+    return dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
 
 
 def digest(named: dict[str, torch.Tensor]) -> str:
@@ -72,12 +78,12 @@ class Census:
     """Counts what is alive of a base's size, wherever it hangs."""
 
     def __init__(self, folder: Path) -> None:
-        weights = load_file(folder / "model.safetensors")
+        weights = read(folder)
         self.hash = digest(weights)
         # By size, so that a flattened or transposed copy counts too. A vector may be a head's.
         matrices = [weight for weight in weights.values() if weight.dim() > 1]
         self.sizes = Counter(weight.numel() for weight in matrices)
-        self.embedding = max(self.sizes)  # of input and output
+        self.embedding = weights["model.embed_tokens.weight"].numel()  # the output's, too
         self.seen: list[tuple[str, Counter[int]]] = []
         self.hashes: list[tuple[str, str]] = []
         self.trunks: set[int] = set()
@@ -125,11 +131,11 @@ class Run:
     folder: Path
 
 
-def run_chain(folder: Path, width: int, *overrides: str) -> Run:
+def run_chain(folder: Path, width: int, *overrides: str, **shape: Any) -> Run:
     """`rlhf run` in this process, on a base of this width in `folder`."""
     gc.collect()
     gc.freeze()  # What there is already cannot be of a base that is yet to be made.
-    make_base(width, folder / "model")
+    make_base(width, folder / "model", **{"model_type": "llama", **shape})
     census = Census(folder / "model")
     loaded: list[str] = []
     load, load_adapter = loading.load_pretrained, adapters.load_adapter
@@ -180,12 +186,26 @@ def watch(patch: pytest.MonkeyPatch, owner: type, method: str, census: Census, n
     patch.setattr(owner, method, watched)
 
 
-@pytest.fixture(scope="module", params=[("separate", 28), ("shared", 36)], ids=lambda p: p[0])
+MIXTURE = {
+    "model_type": "mixtral", "num_local_experts": 5, "num_experts_per_tok": 2,
+    "intermediate_size": 132,
+}  # fmt: skip
+LORA_RUNS = {
+    "separate": ("separate", 28, {}),
+    "shared": ("shared", 36, {}),
+    "mixture": ("separate", 60, MIXTURE),
+}
+
+
+@pytest.fixture(scope="module", params=LORA_RUNS)
 def lora_run(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Adapters in every stage, with a value adapter of its own or a head on the policy."""
-    value, width = request.param
-    folder = tmp_path_factory.mktemp(value)
-    return run_chain(folder, width, f"ppo.value={value}", "export.merged=true")
+    """Adapters in every stage, with a value adapter of its own or a head on the policy.
+
+    Adapters of a mixture's experts put products in the place of parameters while a pass lasts.
+    """
+    value, width, shape = LORA_RUNS[request.param]
+    folder = tmp_path_factory.mktemp(request.param)
+    return run_chain(folder, width, f"ppo.value={value}", "export.merged=true", **shape)
 
 
 def test_a_lora_run_has_one_base_in_every_stage(lora_run: Run) -> None:
@@ -212,9 +232,9 @@ def test_a_lora_run_never_writes_the_base(lora_run: Run) -> None:
     census, folder = lora_run.census, lora_run.folder
     assert {f"{name} ends" for name in WHOLE_CHAIN} <= {moment for moment, _ in census.hashes}
     assert {moment for moment, found in census.hashes if found != census.hash} == set()
-    assert digest(load_file(folder / "model/model.safetensors")) == census.hash
+    assert digest(read(folder / "model")) == census.hash
     # The run did train: the merged policy is another model.
-    merged = load_file(folder / "runs/tiny/export/merged/model.safetensors")
+    merged = read(folder / "runs/tiny/export/merged")
     assert len(merged) > 10 and digest(merged) != census.hash
 
 

@@ -111,7 +111,7 @@ def test_a_model_in_a_folder_fits(model: Path) -> None:
         ),
         (
             "lora.target_modules=[query]",
-            "lora.target_modules={'query'} do not fit LlamaForCausalLM",
+            "lora.target_modules has 'query', but LlamaForCausalLM has no such layer",
         ),
     ],
 )
