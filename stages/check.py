@@ -26,7 +26,7 @@ from pipeline.models.adapters import adapter_parameters, add_adapter, lora_confi
 from pipeline.models.empty import empty_decoder
 from pipeline.models.loading import explain_load_errors, quantised_loading
 from pipeline.models.store import find_artifact
-from pipeline.rewards.sources import load_function
+from pipeline.rewards.function import load_function
 from pipeline.runfolder import RunFolder, verify
 from pipeline.stage import Stage
 from stages.config import RunConfig, check_needs

@@ -1,10 +1,13 @@
 """What a reward source is given and what it returns."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from pipeline.codec import Codec
+from pipeline.errors import TrainingError
+from pipeline.not_finite import NotFinite
 from pipeline.records import Prompt
 
 
@@ -61,3 +64,31 @@ class RewardSource(Protocol):
                 finite; names the source and the rows.
         """
         ...
+
+
+def checked(name: str, scores: Sequence[Any], completions: Completions) -> list[float]:
+    """Scores as floats, or a `TrainingError` that names the source and the rows at fault."""
+    try:
+        values = [float(score) for score in scores]
+    except (TypeError, ValueError) as error:
+        raise TrainingError(f"reward {name} must return a list of numbers: {error}") from error
+    if len(values) != len(completions):
+        raise TrainingError(
+            f"reward {name} returned {len(values)} scores for {len(completions)} completions"
+        )
+    bad = [row for row, value in enumerate(values) if not math.isfinite(value)]
+    if bad:
+        raise NotFinite(
+            "score",
+            f"reward {name} returned {values[bad[0]]} for {len(bad)} of {len(values)} completions; "
+            f"the first is row {bad[0]}: {completions.texts[bad[0]]!r}",
+            [{"row": n, "response": completions.texts[n], "score": values[n]} for n in bad],
+        )
+    return values
+
+
+def as_messages(prompt: Prompt) -> list[dict[str, str]]:
+    """A prompt as a list of messages; a plain text is a user's."""
+    if isinstance(prompt.prompt, str):
+        return [{"role": "user", "content": prompt.prompt}]
+    return [{"role": turn.role, "content": turn.content} for turn in prompt.prompt]
