@@ -63,6 +63,12 @@ class ModelEntry(RewardEntry):
         "sequence-classification model with one label, which reads text by its own tokenizer.",
         union_mode="left_to_right",
     )
+    reads: Literal["auto", "text", "pair"] = Field(
+        "auto",
+        description="How a sequence-classification model without a chat template reads prompt and "
+        "response: as one text, or as a pair with its separator between (`auto`: as a pair if its "
+        "tokenizer has cls and sep tokens, as encoders' have).",
+    )
     batch_rows: PositiveInt = Field(
         16,
         description="Responses of one forward pass of a sequence-classification model.",

@@ -1,6 +1,7 @@
 """Any sequence classifier of transformers as a reward source."""
 
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -12,10 +13,20 @@ from pipeline.rewards.source import Completions, as_messages, checked
 
 
 class SequenceClassificationReward:
-    """Any sequence classifier of transformers with one label; reads text with its own tokenizer."""
+    """Any sequence classifier of transformers with one label; reads text with its own tokenizer.
+
+    By its chat template if it has one. Otherwise `reads` says how prompt and response go in: as one
+    `text`, or as a `pair` that the tokenizer puts a separator between, as encoders are trained
+    (`auto`: where it has the tokens of BERT's kind for that).
+    """
 
     def __init__(
-        self, path: str, section: ModelSection, device: torch.device, batch_rows: int = 16
+        self,
+        path: str,
+        section: ModelSection,
+        device: torch.device,
+        batch_rows: int = 16,
+        reads: Literal["auto", "text", "pair"] = "auto",
     ) -> None:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -42,6 +53,10 @@ class SequenceClassificationReward:
                 "wrong token: set pad_token in its tokenizer_config.json and pad_token_id in its "
                 "config.json"
             )
+        if reads == "auto":
+            marks = (self.tokenizer.cls_token, self.tokenizer.sep_token)
+            reads = "pair" if None not in marks else "text"
+        self.reads_pairs = reads == "pair" and not self.tokenizer.chat_template
         self.model.config.pad_token_id = self.tokenizer.pad_token_id
         self.tokenizer.padding_side = "right"
         self.tokenizer.truncation_side = "left"  # too long together: the response is what counts
@@ -57,7 +72,7 @@ class SequenceClassificationReward:
         scores: list[float] = []
         for start in range(0, len(texts), self.batch_rows):
             batch = self.tokenizer(
-                texts[start : start + self.batch_rows],
+                *map(list, zip(*texts[start : start + self.batch_rows], strict=True)),
                 padding=True,
                 truncation=True,
                 add_special_tokens=not self.tokenizer.chat_template,
@@ -66,11 +81,15 @@ class SequenceClassificationReward:
             scores += self.model(**batch).logits[:, 0].float().tolist()
         return checked(self.name, scores, completions)
 
-    def _render(self, prompt: Prompt, text: str) -> str:
+    def _render(self, prompt: Prompt, text: str) -> tuple[str, ...]:
+        """What the tokenizer is given: one text, or a pair."""
         if self.tokenizer.chat_template:
             messages = [*as_messages(prompt), {"role": "assistant", "content": text}]
-            return str(self.tokenizer.apply_chat_template(messages, tokenize=False))
+            return (str(self.tokenizer.apply_chat_template(messages, tokenize=False)),)
         if isinstance(prompt.prompt, str):
-            return prompt.prompt + text
+            return (prompt.prompt, text) if self.reads_pairs else (prompt.prompt + text,)
         turns = [f"{turn.role}: {turn.content}" for turn in prompt.prompt]
-        return "\n\n".join([*turns, f"assistant: {text}"])
+        if self.reads_pairs:
+            only = prompt.prompt[0].content if len(turns) == 1 else "\n\n".join(turns)
+            return (only, text)
+        return ("\n\n".join([*turns, f"assistant: {text}"]),)

@@ -57,20 +57,21 @@ class HttpReward:
         try:
             answer = self._server.post(self.path, self._body(completions.take(rows)))
         except ServerFault as fault:
-            raise self._fault(str(fault), completions, rows) from fault
+            answer = str(fault).removeprefix(f"POST {self._server.url}{self.path}: ")
+            raise self._fault(answer, completions, rows) from fault
         scores = answer.get("scores") if isinstance(answer, dict) else None
         if not isinstance(scores, list):
             text = answer if isinstance(answer, str) else repr(answer)
             raise self._fault(
-                f'answered {text[:200]!r}, not JSON of the form {{"scores": [...]}}',
+                f'it answered {text[:200]!r}, not JSON of the form {{"scores": [...]}}',
                 completions, rows,
             )  # fmt: skip
         wrong = [score for score in scores if type(score) not in (int, float)]
         if wrong:
-            raise self._fault(f"answered the score {wrong[0]!r}, no number", completions, rows)
+            raise self._fault(f"it answered the score {wrong[0]!r}, no number", completions, rows)
         if len(scores) != len(rows):
             raise self._fault(
-                f"answered {len(scores)} scores for {len(rows)} completions", completions, rows
+                f"it answered {len(scores)} scores for {len(rows)} completions", completions, rows
             )
         return scores
 
@@ -89,7 +90,7 @@ class HttpReward:
         }
 
     def _fault(self, what: str, completions: Completions, rows: Sequence[int]) -> TrainingError:
-        message = f"reward {self.name}: {self.entry.http}: {what} ({rows_text(completions, rows)})"
+        message = f"reward {self.name} ({self.entry.http}): {what} ({rows_text(completions, rows)})"
         # A server may send back what it was sent.
         return TrainingError(message.replace(self._secret, "***") if self._secret else message)
 

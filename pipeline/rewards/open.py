@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from pipeline.config import ModelSection, function_reference
 from pipeline.errors import ConfigError, ModelError
@@ -54,8 +55,8 @@ class Opener:
         match entry:
             case ModelEntry(model=model) if model == OWN:
                 return ModelReward(self.own(), self.token_budget)
-            case ModelEntry(model=model, batch_rows=rows):
-                return open_reward(model, self.store, self.section, self.token_budget, rows)
+            case ModelEntry(model=model, batch_rows=rows, reads=reads):
+                return open_reward(model, self.store, self.section, self.token_budget, rows, reads)
             case FunctionEntry(function=function, timeout_seconds=seconds):
                 return FunctionReward(function, seconds, may_abstain=not is_alone)
             case HttpEntry():
@@ -69,10 +70,12 @@ def open_reward(
     section: ModelSection,
     token_budget: int | None,
     batch_rows: int = 16,
+    reads: Literal["auto", "text", "pair"] = "auto",
 ) -> RewardSource:
     """The one source that a resource names: a function, a run or artifact of ours, a classifier.
 
-    `token_budget` is that of a forward pass of a model of ours, `batch_rows` that of a classifier.
+    `token_budget` is that of a forward pass of a model of ours; `batch_rows` and `reads` are of a
+    classifier.
     """
     if resource.endswith(".py"):
         raise ConfigError(f"{resource} names no function: write {resource}:NAME")
@@ -83,4 +86,4 @@ def open_reward(
         if handle.role.head is None:
             raise ModelError(f"{resource} holds a {handle.role.name} model, which gives no scores")
         return ModelReward(handle, token_budget)
-    return SequenceClassificationReward(resource, section, store.computes_on, batch_rows)
+    return SequenceClassificationReward(resource, section, store.computes_on, batch_rows, reads)
