@@ -162,9 +162,18 @@ def reward_entries(rewards: Rewards) -> tuple[RewardEntry, ...]:
     return tuple(rewards)
 
 
-def single_entries(rewards: Rewards) -> list[RewardEntry]:
-    """The same with ensembles' members in place of ensembles."""
-    return [entry for entry in walk_entries(rewards) if not isinstance(entry, EnsembleEntry)]
+def single_entries(rewards: Rewards) -> dict[str, RewardEntry]:
+    """Every source but ensembles by its place after `ppo.rewards`, as in `.0.ensemble.1`."""
+    if rewards is None or isinstance(rewards, str):
+        return {"": reward_entries(rewards)[0]}
+    found: dict[str, RewardEntry] = {}
+    for number, entry in enumerate(rewards):
+        if isinstance(entry, EnsembleEntry):
+            members = enumerate(entry.ensemble)
+            found |= {f".{number}.ensemble.{inner}": member for inner, member in members}
+        else:
+            found[f".{number}"] = entry
+    return found
 
 
 def walk_entries(rewards: Rewards) -> Iterator[RewardEntry]:

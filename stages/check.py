@@ -137,9 +137,8 @@ def _check_models(config: RunConfig, stages: Sequence[str], offline: bool) -> It
 
 def _check_rewards(config: RunConfig, offline: bool) -> Iterator[Finding]:
     """What is known of each source of `ppo.rewards`; a scorer behind an address is not asked."""
-    rewards = config.ppo.rewards
-    for number, entry in enumerate(single_entries(rewards)):
-        setting = "ppo.rewards" if isinstance(rewards, str) else f"ppo.rewards, {number + 1}"
+    for place, entry in single_entries(config.ppo.rewards).items():
+        setting = f"ppo.rewards{place}"
         if isinstance(entry, ModelEntry) and entry.model != OWN:
             yield _examine(setting, entry.model, config, offline, stage="reward")
         elif isinstance(entry, FunctionEntry):

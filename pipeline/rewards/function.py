@@ -65,8 +65,10 @@ class FunctionReward:
             try:
                 async with asyncio.timeout(self.timeout_seconds) as limit:
                     found = await call()
-            except TimeoutError as error:
-                raise _TimedOut if limit.expired() else error from error
+            except TimeoutError:
+                if limit.expired():
+                    raise _TimedOut from None
+                raise
         return checked(self.name, found, completions, may_abstain=self.may_abstain)
 
     def _call(self, completions: Completions) -> Callable[[], Any]:

@@ -17,7 +17,7 @@ import random
 def vowels(completions, **rest):
     return [sum(text.count(c) for c in "aeiou") for text in completions]
 async def noise(completions, **rest):
-    return [random.random() if len(text) % 2 else None for text in completions]
+    return [random.random() if len(text) % 4 else None for text in completions]
 """
 LISTS = {
     "sum": """
@@ -82,7 +82,9 @@ def test_a_sum_of_four_sources(folder, run):
         for name in ("own", "vowels", "noise", "length_penalty"):
             known = [r[f"scores/{name}"] for r in found if r["iteration"] == number]
             numbers = torch.tensor([x for x in known if x is not None], dtype=torch.float64)
-            assert len(numbers)
+            if not len(numbers):  # it said nothing about any
+                assert f"scores/{name}/mean" not in line
+                continue
             mean, std = numbers.mean().item(), numbers.std(correction=0).item()
             assert line[f"scores/{name}/mean"] == pytest.approx(mean, abs=1e-5)
             assert line[f"scores/{name}/std"] == pytest.approx(std, abs=1e-4)
@@ -133,7 +135,7 @@ def test_the_minimum_of_two_reward_models(folder, run):
     shown = CliRunner().invoke(app, ["show", "runs/pair"], env={"COLUMNS": "300"}).output
     assert "finished" in shown and "stale" not in shown
     checked = rlhf("check")
-    assert "ppo.rewards, 2" in checked and "finished reward stage" in checked
+    assert "ppo.rewards.0.ensemble.1" in checked and "finished reward stage" in checked
     assert "reward other" in checked and "everything is in order" in checked
 
 

@@ -10,7 +10,9 @@ from pipeline.errors import ConfigError
 from pipeline.keys import stage_material
 from pipeline.reward_list import reward_entries, single_entries, source_names, uses_own
 from pipeline.yaml_config import dump_config, read_config
+from stages.check import _check_rewards
 from stages.config import RunConfig
+from stages.export.run import _steps
 from stages.ppo.config import PpoSection
 from stages.ppo.run import PpoStage
 
@@ -50,7 +52,8 @@ def test_every_kind_is_read_and_named(read: Any, tmp_path: Path) -> None:
         "own", "judge", "second", "helpful", "scorer.example", "length_penalty",
         "repetition_penalty", "regex", "rouge", "ensemble", "own-2", "other",
     ]  # fmt: skip
-    assert uses_own(section.rewards) and len(single_entries(section.rewards)) == 11
+    places = [*(f".{n}" for n in range(9)), ".9.ensemble.0", ".9.ensemble.1"]
+    assert uses_own(section.rewards) and list(single_entries(section.rewards)) == places
     assert dict(named_resources(section)) == {
         ("rewards", 1, "model"): "org/judge",
         ("rewards", 2, "model"): "org/judge",
@@ -154,6 +157,29 @@ def test_the_key_of_one_source_is_what_it_was() -> None:
         assert "rewards" not in key_values(PpoSection, section.model_dump(mode="json"))
     assert material("org/judge")["resources"] == {"ppo.rewards": "org/judge"}
     assert material("own") == material(None)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "words"),
+    [
+        (None, "a reward model from ranked responses, and PPO against it"),
+        ("org/judge", "PPO against the reward `org/judge`"),
+        (["org/judge", "a.b:f"], "PPO against the rewards `judge`, `f`"),
+        (["own", "a.b:f"], "from ranked responses, and PPO against the rewards `own`, `f`"),
+    ],
+)
+def test_a_model_card_says_what_the_policy_was_trained_against(rewards: Any, words: str) -> None:
+    assert _steps(_config(rewards)).endswith(words)
+
+
+def test_a_check_looks_at_every_source_it_can(read: Any, monkeypatch: Any) -> None:
+    monkeypatch.delenv("SCORER_KEY", raising=False)
+    entries = "{http: 'http://x/s', auth_env: SCORER_KEY}, {ensemble: [own, r.py:gone]}"
+    findings = list(_check_rewards(read(f"[{entries}, 'http://y/s']"), offline=True))
+    assert [(f.setting, bool(f.fault)) for f in findings] == [
+        ("ppo.rewards.0", True), ("ppo.rewards.1.ensemble.1", True), ("ppo.rewards.2", False)
+    ]  # fmt: skip
+    assert "SCORER_KEY" in findings[0].fault and "no function 'gone'" in findings[1].fault
 
 
 def _config(rewards: Any) -> RunConfig:
