@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from pipeline.runfolder import read_manifest
 from stages.cli import app
 from stages.ppo.run import Training
+from tests.scorer import Scorer
 from tests.tiny_chain import CONFIG, Killed, assert_same, rlhf, rows, samples
 
 FUNCTIONS = """
@@ -139,6 +140,7 @@ def test_the_minimum_of_two_reward_models(folder, run):
     assert "reward other" in checked and "everything is in order" in checked
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_as_if_it_had_not_been(folder, run, monkeypatch):
     """The async function draws from Python's generator, whose state belongs to the run's."""
     run("sum", "ppo", "whole")
@@ -164,3 +166,14 @@ def test_a_source_that_fails_ends_the_run_and_is_named(folder, run):
     rewards = "ppo.rewards=[own, {function: bad.py:score, name: helpful}]"
     output = rlhf("ppo", name, "--from", "runs/parents", rewards, code=2)
     assert "reward helpful returned 1 scores for 3 completions (rows 0 to 2, prompts at" in output
+
+
+def test_a_scorer_behind_an_address_as_the_one_source(folder, run):
+    scorer = Scorer()
+    run("sum", "ppo", "remote", f"ppo.rewards={scorer.url}", "ppo.iterations=1")
+    scorer.server.shutdown()
+    found = samples(folder / "runs/remote/ppo")
+    assert [row["score"] for row in found] == [len(row["response"]) for row in found]
+    assert len(found) == 4 and not any(key.startswith("scores/") for key in found[0])
+    prompts = [prompt for body in scorer.asked for prompt in body["prompts"]]
+    assert {row["prompt"] for row in found} <= set(prompts)

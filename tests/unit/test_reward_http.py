@@ -1,12 +1,9 @@
 """A scorer behind an address: a server on this machine that answers, is slow, refuses or lies."""
 
-import json
 import socket
-import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,57 +14,13 @@ from pipeline.not_finite import NotFinite
 from pipeline.records import Message, Prompt
 from pipeline.reward_config import HttpEntry
 from pipeline.rewards import Completions, HttpReward
-
-CERTIFICATE = str(Path(__file__).parents[1] / "localhost.pem")
-Answer = Callable[[dict[str, Any], Any], tuple[int, bytes]]
+from tests.scorer import CERTIFICATE, Scorer, lengths
 
 
-class Scorer:
-    """A server on a port of its own; `answer` makes (status, body) of a request."""
-
-    def __init__(self, *, tls: bool = False) -> None:
-        self.asked: list[dict[str, Any]] = []
-        self.headers: list[dict[str, str]] = []
-        self.paths: list[str] = []
-        self.answer: Answer = lambda body, handler: (200, lengths(body))
-        scorer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                scorer.asked.append(body)
-                scorer.headers.append(dict(self.headers))
-                scorer.paths.append(self.path)
-                status, text = scorer.answer(body, self)
-                if status:
-                    self.send_response(status)
-                    self.send_header("Content-Length", str(len(text)))
-                    self.end_headers()
-                    self.wfile.write(text)
-
-            def log_message(self, *_: Any) -> None:
-                """Quiet."""
-
-        class Server(ThreadingHTTPServer):
-            def handle_error(self, *_: Any) -> None:
-                """A client that hangs up is what some tests are about."""
-
-        self.server = Server(("127.0.0.1", 0), Handler)
-        if tls:
-            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            context.load_cert_chain(CERTIFICATE)
-            self.server.socket = context.wrap_socket(self.server.socket, server_side=True)
-        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
-        self.url = f"http{'s' * tls}://localhost:{self.server.server_port}/score"
-
-    def reward(self, **options: Any) -> HttpReward:
-        source = HttpReward(HttpEntry.model_validate({"http": self.url, "retries": 0} | options))
-        source._server._sleep = lambda seconds: None
-        return source
-
-
-def lengths(body: dict[str, Any]) -> bytes:
-    return json.dumps({"scores": [len(text) for text in body["completions"]]}).encode()
+def reward_of(scorer: Scorer, **options: Any) -> HttpReward:
+    source = HttpReward(HttpEntry.model_validate({"http": scorer.url, "retries": 0} | options))
+    source._server._sleep = lambda seconds: None
+    return source
 
 
 @pytest.fixture(params=[{}], ids=[""])
@@ -94,7 +47,7 @@ def test_the_protocol(scorer: Scorer) -> None:
         [Prompt("plain", {"a": 1}), Prompt(conversation, {"b": [2]})],
         [[1], [1]], [[2], [2]], ["x", "yy"], [True, False],
     )  # fmt: skip
-    assert scorer.reward(http=f"{scorer.url}?version=2").score(mixed) == [1.0, 2.0]
+    assert reward_of(scorer, http=f"{scorer.url}?version=2").score(mixed) == [1.0, 2.0]
     assert scorer.asked == [
         {
             "prompts": [
@@ -115,7 +68,7 @@ def test_parts_come_back_in_order_whoever_is_first(scorer: Scorer) -> None:
         return 200, lengths(body)
 
     scorer.answer = answer
-    reward = scorer.reward(batch_rows=3, concurrency=2, columns=["answer"])
+    reward = reward_of(scorer, batch_rows=3, concurrency=2, columns=["answer"])
     assert reward.score(batch(10)) == list(range(1, 11))
     assert sorted(len(body["completions"]) for body in scorer.asked) == [1, 3, 3, 3]
     assert all(body["columns"].keys() == {"answer"} for body in scorer.asked)
@@ -138,7 +91,7 @@ def test_answers_that_are_none_name_the_source_and_rows(
 ) -> None:
     scorer.answer = lambda asked, _: (200, body)
     with pytest.raises(TrainingError, match=message) as fault:
-        scorer.reward().score(batch())
+        reward_of(scorer).score(batch())
     text = str(fault.value)
     assert text.startswith(f"reward localhost ({scorer.url}): it answered ")
     assert text.endswith("(rows 0 to 2, prompts at p.jsonl:1, p.jsonl:2, p.jsonl:3)")
@@ -147,7 +100,7 @@ def test_answers_that_are_none_name_the_source_and_rows(
 def test_a_score_that_is_not_finite_leaves_its_row(scorer: Scorer) -> None:
     scorer.answer = lambda asked, _: (200, b'{"scores": [1, NaN, Infinity]}')
     with pytest.raises(NotFinite, match="reward localhost returned nan for 2 of 3") as fault:
-        scorer.reward().score(batch())
+        reward_of(scorer).score(batch())
     assert [row["row"] for row in fault.value.rows] == [1, 2]
 
 
@@ -160,7 +113,7 @@ def test_the_part_at_fault_is_named(scorer: Scorer) -> None:
     scorer.answer = answer
     message = r"status 400: too long \(rows 4 to 5, prompts at p\.jsonl:5, p\.jsonl:6\)"
     with pytest.raises(TrainingError, match=message):
-        scorer.reward(batch_rows=2, concurrency=1).score(batch(9))
+        reward_of(scorer, batch_rows=2, concurrency=1).score(batch(9))
     assert len(scorer.asked) < 5  # what had not begun was not asked
 
 
@@ -181,10 +134,10 @@ def test_busy_servers_and_lost_connections_are_asked_again(scorer: Scorer) -> No
         return 200, lengths(body)
 
     scorer.answer = answer
-    assert scorer.reward(retries=3).score(batch()) == [1, 2, 3]
+    assert reward_of(scorer, retries=3).score(batch()) == [1, 2, 3]
     scorer.asked.clear()
     with pytest.raises(TrainingError, match=r"status 429: slowly \(tried 2 times\)"):
-        scorer.reward(retries=1).score(batch())
+        reward_of(scorer, retries=1).score(batch())
 
 
 def test_a_slow_server_is_given_up(scorer: Scorer) -> None:
@@ -192,7 +145,7 @@ def test_a_slow_server_is_given_up(scorer: Scorer) -> None:
     scorer.answer = lambda asked, _: (done.wait(20), (200, b"{}"))[1]
     began = time.monotonic()
     with pytest.raises(TrainingError, match=r"no answer within 0\.2 seconds .*rows 0 to 2"):
-        scorer.reward(timeout_seconds=0.2).score(batch())
+        reward_of(scorer, timeout_seconds=0.2).score(batch())
     assert time.monotonic() - began < 5
     done.set()
 
@@ -211,13 +164,13 @@ def test_nobody_there() -> None:
 
 def test_the_secret_is_sent_and_never_said(scorer: Scorer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SCORER_KEY", "s3cret\n")
-    assert scorer.reward(auth_env="SCORER_KEY").score(batch()) == [1, 2, 3]
+    assert reward_of(scorer, auth_env="SCORER_KEY").score(batch()) == [1, 2, 3]
     assert scorer.headers[-1]["Authorization"] == "Bearer s3cret"
-    assert scorer.reward(auth_env="SCORER_KEY", auth_header="X-Key").score(batch()) == [1, 2, 3]
+    assert reward_of(scorer, auth_env="SCORER_KEY", auth_header="X-Key").score(batch()) == [1, 2, 3]
     assert scorer.headers[-1]["X-Key"] == "s3cret" and "Authorization" not in scorer.headers[-1]
     scorer.answer = lambda asked, handler: (401, b"no: " + handler.headers["X-Key"].encode())
     with pytest.raises(TrainingError, match=r"status 401: no: \*\*\*") as fault:
-        scorer.reward(auth_env="SCORER_KEY", auth_header="X-Key", retries=3).score(batch())
+        reward_of(scorer, auth_env="SCORER_KEY", auth_header="X-Key", retries=3).score(batch())
     assert len(scorer.asked) == 3  # what is refused is not asked again
     assert "s3cret" not in str(fault.value)
 
@@ -228,7 +181,7 @@ def test_a_secret_that_is_not_there(
 ) -> None:
     monkeypatch.setenv("SCORER_KEY", value)
     with pytest.raises(ConfigError, match=f"variable SCORER_KEY, .* is {state}"):
-        scorer.reward(auth_env="SCORER_KEY")
+        reward_of(scorer, auth_env="SCORER_KEY")
 
 
 # --- TLS ---
@@ -237,9 +190,9 @@ def test_a_secret_that_is_not_there(
 @TLS
 def test_a_certificate_is_verified(scorer: Scorer) -> None:
     with pytest.raises(TrainingError, match=r"(?i)certificate") as fault:
-        scorer.reward(retries=5).score(batch())
+        reward_of(scorer, retries=5).score(batch())
     assert "tried" not in str(fault.value) and scorer.asked == []
-    assert scorer.reward(ca_file=CERTIFICATE).score(batch()) == [1, 2, 3]
+    assert reward_of(scorer, ca_file=CERTIFICATE).score(batch()) == [1, 2, 3]
 
 
 @TLS
@@ -250,10 +203,10 @@ def test_a_certificate_of_another_host_is_refused(
     monkeypatch.setattr(socket, "getaddrinfo", lambda host, *rest: own("127.0.0.1", *rest))
     other = scorer.url.replace("localhost", "other.example")
     with pytest.raises(TrainingError, match=r"(?i)mismatch"):
-        scorer.reward(http=other, ca_file=CERTIFICATE).score(batch())
+        reward_of(scorer, http=other, ca_file=CERTIFICATE).score(batch())
 
 
 def test_a_file_without_certificates(scorer: Scorer, tmp_path: Path) -> None:
     (tmp_path / "empty.pem").write_text("nothing")
     with pytest.raises(ConfigError, match=r"empty\.pem holds no certificates"):
-        scorer.reward(http="https://localhost/", ca_file=str(tmp_path / "empty.pem"))
+        reward_of(scorer, http="https://localhost/", ca_file=str(tmp_path / "empty.pem"))
