@@ -3,7 +3,7 @@
 import asyncio
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,7 +16,7 @@ from pipeline.rewards.classifier import SequenceClassificationReward
 from pipeline.rewards.function import FunctionReward, run_async
 from pipeline.rewards.http import HttpReward
 from pipeline.rewards.model import ModelReward
-from pipeline.rewards.source import ABSTAINED, Completions, RewardSource, Scores, checked
+from pipeline.rewards.source import ABSTAINED, Completions, RewardSource, Scores, checked, rows_text
 
 Combine = Literal["mean", "minimum", "mean_minus_std"]
 
@@ -42,6 +42,11 @@ class Ensemble:
     members: tuple[Term, ...]
     combine: Combine
     std_coef: float
+
+    def combined(self, scores: Mapping[str, Sequence[float]]) -> list[float]:
+        """The scores of the members, by their names, as one a row."""
+        weighted = (member.weighted(scores[member.name]) for member in self.members)
+        return [combined(row, self.combine, self.std_coef) for row in zip(*weighted, strict=True)]
 
 
 class WeightedSum:
@@ -80,24 +85,25 @@ class WeightedSum:
             TrainingError: a source failed. All sources are asked first: models whose weights lie
                 over processes are passed by all processes or by none.
         """
-        own = self._ask_all(completions)
-        by_source: dict[str, list[float]] = {}
+        scores = self._ask_all(completions)
         total = [0.0] * len(completions)
-        scored = [False] * len(completions)
+        unscored = dict.fromkeys(range(len(completions)))
         for term in self.terms:
-            members = _members(term.source)
             if isinstance(term.source, Ensemble):
-                weighted = zip(*(m.weighted(own[m.name]) for m in members), strict=True)
-                combine, std_coef = term.source.combine, term.source.std_coef
-                own[term.name] = [combined(row, combine, std_coef) for row in weighted]
-            for name in (term.name, *(member.name for member in members)):
-                by_source[name] = own[name]
-            for row, value in enumerate(term.weighted(own[term.name])):
+                scores[term.name] = term.source.combined(scores)
+            for row, value in enumerate(term.weighted(scores[term.name])):
                 if not math.isnan(value):
                     total[row] += value
-                    scored[row] = True
-        rows = [score if known else ABSTAINED for score, known in zip(total, scored, strict=True)]
-        return Scores(checked(f"({self.name})", rows, completions), by_source)
+                    unscored.pop(row, None)
+        if unscored:
+            first = next(iter(unscored))
+            raise TrainingError(
+                f"none of the rewards {self.name} has a score for {len(unscored)} of "
+                f"{len(completions)} completions; the first is {completions.texts[first]!r} "
+                f"({rows_text(completions, [first])})"
+            )
+        by_source = {name: scores[name] for name in self.names}
+        return Scores(checked(self.name, total, completions), by_source)
 
     def _singles(self) -> list[tuple[Term, RewardSource]]:
         terms = [t for term in self.terms for t in (_members(term.source) or (term,))]

@@ -183,7 +183,8 @@ def test_who_abstains_adds_nothing_but_somebody_has_to_score(file: str) -> None:
     scores = both.measure(completions(["가a", "ab"]))
     assert scores.total == [2.0, 1.0]
     assert scores.by_source["korean"][0] == 1 and math.isnan(scores.by_source["korean"][1])
-    with pytest.raises(NotFinite, match=r"reward \(korean\) returned nan for 1 of 2 .*'ab'"):
+    message = r"none of the rewards korean has a score for 1 of 2 .* 'ab' \(row 1, prompts at p"
+    with pytest.raises(TrainingError, match=message):
         opened([f"{file}:korean"]).score(completions(["가a", "ab"]))
     with pytest.raises(TrainingError, match="must return a list of numbers"):
         opened(f"{file}:korean").score(completions(["ab"]))  # as the one source it may not
