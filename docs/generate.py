@@ -37,16 +37,20 @@ def render(schema: Schema) -> str:
     parts = [HEADER]
     for name, dotted in paths.items():
         definition = definitions[name]
-        parts.append("\n## " + ", ".join(f"`{path}`" for path in dotted) + "\n")
+        required = definition.get("required", [])
+        fields = sorted(
+            definition["properties"].items(), key=lambda field: field[0] not in required
+        )
+        kind = f": `{_word(*fields[0])}`" if dotted[0].endswith("[]") else ""
+        parts.append("\n## " + ", ".join(f"`{path}`" for path in dotted) + kind + "\n")
         parts.append(_sentence(definition.get("description", "")) + "\n")
         parts.append("| field | type | default | meaning |\n| --- | --- | --- | --- |")
-        required = definition.get("required", [])
-        for field, spec in definition["properties"].items():
+        for field, spec in fields:
             default = "required" if field in required else _default(spec)
             meaning = _sentence(spec.get("description", ""))
             if spec.get("in_key") is False:
                 meaning += " Not in the stage's key."
-            kind = _kind(spec)
+            kind = " or ".join(dict.fromkeys(_kind(spec).split(" or ")))
             if (section := _reference(spec)) and definitions[section].get("properties"):
                 kind, default = "section", "see below" if field not in required else "required"
             parts.append(
@@ -62,6 +66,22 @@ def _sections(schema: Schema, definitions: Schema, prefix: str) -> Iterator[tupl
         if name and "properties" in definitions[name]:
             yield prefix + field, name
             yield from _sections(definitions[name], definitions, f"{prefix}{field}.")
+        for item in _items(spec):
+            if name := _reference(item):
+                yield f"{prefix}{field}[]", name
+                yield from _sections(definitions[name], definitions, f"{prefix}{field}[].")
+
+
+def _items(spec: Schema) -> Iterator[Schema]:
+    """What the items of a field may be, where it is a list or may be one."""
+    for option in [spec, *spec.get("anyOf", [])]:
+        items = option.get("items", {})
+        yield from items.get("anyOf", [items] if items else [])
+
+
+def _word(field: str, spec: Schema) -> str:
+    """What tells one kind of a list's sections from the others: its first field."""
+    return f"{field}: {spec['const']}" if "const" in spec else field
 
 
 def _reference(spec: Schema) -> str | None:
@@ -74,6 +94,8 @@ def _reference(spec: Schema) -> str | None:
 
 def _kind(spec: Schema) -> str:
     """A field's type and limits in a few words."""
+    if "$ref" in spec:
+        return "section"
     if "anyOf" in spec:
         return " or ".join(_kind(option) for option in spec["anyOf"])
     if "enum" in spec:

@@ -6,7 +6,7 @@ Reading YAML, overrides and the wording of errors live in `pipeline.yaml_config`
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -19,6 +19,7 @@ from pydantic import (
     ValidationInfo,
     model_validator,
 )
+from pydantic.fields import FieldInfo
 
 
 class Section(BaseModel):
@@ -66,10 +67,55 @@ Resource = Annotated[str, AfterValidator(_resolve)]
 NOT_IN_KEY: dict[str, Any] = {"in_key": False}
 
 
+# A value's place in a configuration: names of fields, and numbers in lists.
+Place = tuple[str | int, ...]
+
+
+def is_resource(field: FieldInfo) -> bool:
+    """Whether a field names a resource, or several."""
+    marker = get_args(Resource)[1]
+    return marker in field.metadata or _holds(field.annotation, marker)
+
+
+def _holds(annotation: Any, marker: Any) -> bool:
+    return any(argument is marker or _holds(argument, marker) for argument in get_args(annotation))
+
+
+def sections_in(annotation: Any) -> Iterator[type["Section"]]:
+    """The sections that a field may hold, in the order of its alternatives."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from sections_in(argument)
+
+
 def resource_fields(section: type[Section]) -> list[str]:
-    """The optional fields of a section that name a resource."""
-    fields = section.model_fields.items()
-    return [name for name, field in fields if Resource in get_args(field.annotation)]
+    """The fields of a section that name a resource which its result depends on."""
+    return [
+        name
+        for name, field in section.model_fields.items()
+        if is_resource(field) and field.json_schema_extra != NOT_IN_KEY
+    ]
+
+
+def named_resources(section: Section, place: Place = ()) -> Iterator[tuple[Place, str]]:
+    """Every resource that a section and those in it name, with its place."""
+    own = resource_fields(type(section))
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        if isinstance(value, str) and name in own and not _is_word(type(section), name, value):
+            yield (*place, name), value
+        for number, item in enumerate(value if isinstance(value, tuple) else ()):
+            if isinstance(item, Section):
+                yield from named_resources(item, (*place, name, number))
+        if isinstance(value, Section):
+            yield from named_resources(value, (*place, name))
+
+
+def _is_word(section: type[Section], name: str, value: str) -> bool:
+    """Whether a value is one of the words that a field takes beside resources."""
+    options = get_args(section.model_fields[name].annotation)
+    return any(value in get_args(option) for option in options)
 
 
 def key_values(section: type[Section], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -79,12 +125,23 @@ def key_values(section: type[Section], values: Mapping[str, Any]) -> dict[str, A
     """
     found = dict(values)
     for name, field in section.model_fields.items():
-        nested = field.annotation
-        if field.json_schema_extra == NOT_IN_KEY or name in resource_fields(section):
+        nested, value = field.annotation, found.get(name)
+        items = value if isinstance(value, list | tuple) else ()
+        if field.json_schema_extra == NOT_IN_KEY:
+            found.pop(name, None)
+        elif any(isinstance(item, Mapping) for item in items):
+            found[name] = [key_values(_section_of(nested, item), item) for item in items]
+        elif name in resource_fields(section):
             found.pop(name, None)
         elif name in found and isinstance(nested, type) and issubclass(nested, Section):
             found[name] = key_values(nested, found[name])
     return found
+
+
+def _section_of(annotation: Any, values: Mapping[str, Any]) -> type[Section]:
+    """The alternative of a list's items that `values` were dumped from: it has their fields."""
+    alternatives = (s for s in sections_in(annotation) if values.keys() <= s.model_fields.keys())
+    return next(alternatives, Section)
 
 
 Positive = Annotated[float, Field(gt=0)]

@@ -15,7 +15,7 @@ from pipeline.config import (
     Section,
     function_reference,
     key_values,
-    resource_fields,
+    named_resources,
     resource_path,
 )
 from pipeline.runfolder import file_hash, json_hash
@@ -33,9 +33,9 @@ def stage_material(
     """What a stage's key is made of, as JSON values that `difference` can compare."""
     section = getattr(config, stage.name)
     resources = stage.resources(config)
-    for name in resource_fields(type(section)):
-        named = getattr(section, name) is not None
-        assert named == (f"{stage.name}.{name}" in resources), f"{stage.name}.{name}"
+    own = {field for field in resources if field.startswith(f"{stage.name}.")}
+    named = {".".join(map(str, (stage.name, *place))) for place, _ in named_resources(section)}
+    assert own == named, sorted(own ^ named)
     common: dict[str, Any] = {
         "seed": config.run.seed,
         "mixed_precision": config.run.mixed_precision,

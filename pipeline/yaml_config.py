@@ -9,14 +9,14 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from pipeline import yaml_core
-from pipeline.config import Resource, resource_path
+from pipeline.config import Place, is_resource, resource_path, sections_in
 from pipeline.errors import ConfigError
 from pipeline.yaml_core import Document, KeyPath
 
@@ -24,7 +24,17 @@ Model = TypeVar("Model", bound=BaseModel)
 
 # A `Resource` that starts or ends like this is a local path, never a Hub id.
 _LOCAL_STARTS = ("./", "../", "/", "~")
-_LOCAL_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".gz", ".safetensors", ".bin", ".py")
+_LOCAL_SUFFIXES = (
+    ".jsonl",
+    ".json",
+    ".csv",
+    ".parquet",
+    ".gz",
+    ".safetensors",
+    ".bin",
+    ".py",
+    ".pem",
+)
 
 
 def read_config(path: str | Path, overrides: Sequence[str], model: type[Model]) -> Model:
@@ -114,45 +124,35 @@ class FieldEntry:
 def walk_fields(model: type[BaseModel], parents: tuple[str, ...] = ()) -> Iterator[FieldEntry]:
     """Every field of `model` and of its sections, depth first, in the order of definition."""
     for name, info in model.model_fields.items():
-        section = next(_sections_in(info.annotation), None)
-        yield FieldEntry((*parents, name), info, section)
-        if section is not None:
+        sections = list(sections_in(info.annotation))
+        yield FieldEntry((*parents, name), info, next(iter(sections), None))
+        for section in sections:
             yield from walk_fields(section, (*parents, name))
 
 
-def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for argument in get_args(annotation):
-        yield from _sections_in(argument)
+def _missing_files(
+    config: BaseModel, document: Document, base: Path, parents: Place = ()
+) -> Iterator[str]:
+    for name, info in type(config).model_fields.items():
+        value, place = getattr(config, name), (*parents, name)
+        values = enumerate(value) if isinstance(value, tuple) else [(None, value)]
+        for number, item in values:
+            at = place if number is None else (*place, number)
+            if isinstance(item, BaseModel):
+                yield from _missing_files(item, document, base, at)
+            elif isinstance(item, str) and is_resource(info):
+                yield from _missing_file(item, document, base, at)
 
 
-def _is_resource(info: FieldInfo) -> bool:
-    marker = get_args(Resource)[1]
-    return marker in info.metadata or _holds(info.annotation, marker)
-
-
-def _holds(annotation: Any, marker: Any) -> bool:
-    return any(argument is marker or _holds(argument, marker) for argument in get_args(annotation))
-
-
-def _missing_files(config: BaseModel, document: Document, base: Path) -> Iterator[str]:
-    for entry in walk_fields(type(config)):
-        if entry.section is not None or not _is_resource(entry.info):
-            continue
-        value: Any = config
-        for part in entry.path:
-            value = getattr(value, part, None)
-        for text in [value] if isinstance(value, str) else (value or ()):
-            path = resource_path(text)
-            local = text.startswith(_LOCAL_STARTS) or path.name.endswith(_LOCAL_SUFFIXES)
-            if not local or path.exists():
-                continue
-            tried = dict.fromkeys((folder / path).resolve() for folder in (base, Path()))
-            yield (
-                f"{document.nearest(entry.path)}: {'.'.join(entry.path)} is {text!r}, which does "
-                f"not exist: looked for {' and '.join(map(str, tried))}"
-            )
+def _missing_file(text: str, document: Document, base: Path, place: Place) -> Iterator[str]:
+    path = resource_path(text)
+    local = text.startswith(_LOCAL_STARTS) or path.name.endswith(_LOCAL_SUFFIXES)
+    if local and not path.exists():
+        tried = dict.fromkeys((folder / path).resolve() for folder in (base, Path()))
+        yield (
+            f"{document.nearest(place)}: {'.'.join(map(str, place))} is {text!r}, which does not "
+            f"exist: looked for {' and '.join(map(str, tried))}"
+        )
 
 
 # --- the wording of faults ------------------------------------------------------------------------
@@ -212,6 +212,9 @@ def _describe(
         return f"{name} is missing. {about}".rstrip()
     if "value_error" in kinds:
         text, value = _raised(details[0]), details[0]["input"]
+        if any(isinstance(part, int) for part in path):  # of a list's item, a check names no place
+            said = isinstance(value, dict) or entry is None or entry.section is not None
+            return f"{name}: {text}" if said else f"{name} is {show_value(value)}: {text}"
         unnamed = entry is not None and entry.section is None and not text.startswith(name)
         return f"{name} is {show_value(value)}: {text}" if unnamed else text
     value = details[0]["input"]
@@ -238,6 +241,7 @@ _ALLOWED = {
     "less_than": "below {lt}",
     "less_than_equal": "at most {le}",
     "string_pattern_mismatch": "text that matches {pattern}",
+    "too_short": "a list of at least {min_length}",
     "string_too_short": "text of at least {min_length} characters",
     "finite_number": "a finite number",
 }

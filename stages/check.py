@@ -28,7 +28,11 @@ from pipeline.models.adapters import adapter_parameters, add_adapter, lora_confi
 from pipeline.models.empty import empty_model
 from pipeline.models.loading import explain_load_errors, load_config, quantised_loading
 from pipeline.models.store import find_artifact
-from pipeline.rewards.sources import load_function
+from pipeline.reward_config import OWN, FunctionEntry, HttpEntry, ModelEntry, RougeEntry
+from pipeline.reward_list import single_entries
+from pipeline.rewards.function import load_function
+from pipeline.rewards.http import auth_secret
+from pipeline.rouge import require_rouge
 from pipeline.runfolder import RunFolder, verify
 from pipeline.stage import Stage
 from stages.config import RunConfig, check_needs
@@ -130,12 +134,33 @@ def _check_models(config: RunConfig, stages: Sequence[str], offline: bool) -> It
         yield _examine("model.path", config.model.path, config, offline)
     if "ppo" in stages and config.ppo.policy is not None:
         yield _examine("ppo.policy", config.ppo.policy, config, offline, stage="sft")
-    if "ppo" in stages and config.ppo.rewards is not None:
-        yield _examine("ppo.rewards", config.ppo.rewards, config, offline, stage="reward")
+    if "ppo" in stages:
+        yield from _check_rewards(config, offline)
     if "evaluation" in stages and config.evaluation.gold is not None:
         yield _examine("evaluation.gold", config.evaluation.gold, config, offline)
     if "export" in stages:
         yield from _check_exports(config, offline)
+
+
+def _check_rewards(config: RunConfig, offline: bool) -> Iterator[Finding]:
+    """What is known of each source of `ppo.rewards`; a scorer behind an address is not asked."""
+    for place, entry in single_entries(config.ppo.rewards).items():
+        setting = f"ppo.rewards{place}"
+        if isinstance(entry, ModelEntry) and entry.model != OWN:
+            yield _examine(setting, entry.model, config, offline, stage="reward")
+        elif isinstance(entry, FunctionEntry):
+            yield _examine(setting, entry.function, config, offline)
+        elif isinstance(entry, HttpEntry):
+            try:
+                auth_secret(entry)
+                yield Finding(setting, entry.http, "an address; it is not asked here")
+            except PipelineError as error:
+                yield Finding(setting, entry.http, "", str(error))
+        elif isinstance(entry, RougeEntry):
+            try:
+                require_rouge("ppo.rewards")
+            except PipelineError as error:
+                yield Finding(setting, entry.builtin, "", str(error))
 
 
 def _examine(
@@ -155,7 +180,7 @@ def _examine(
             return Finding(setting, resource, _artifact(folder, stage))
         if (folder / "adapter_config.json").exists():
             return Finding(setting, resource, "a PEFT adapter; its base is opened when it is used")
-        if setting == "ppo.rewards":
+        if stage == "reward":
             return Finding(setting, resource, _classifier(resource, config))
         return Finding(setting, resource, _decoder(resource, config))
     except PipelineError as error:
@@ -224,7 +249,8 @@ def _function(where: str, name: str) -> str:
         tree = ast.parse(Path(where).read_text(encoding="utf-8"))
     except (OSError, SyntaxError, ValueError) as error:
         raise ModelError(f"{where} is not a Python file that can be read: {error}") from None
-    functions = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
+    kinds = ast.FunctionDef | ast.AsyncFunctionDef
+    functions = [node.name for node in tree.body if isinstance(node, kinds)]
     names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     names |= {node.asname or node.name for node in ast.walk(tree) if isinstance(node, ast.alias)}
     if name not in functions and name not in names:  # `score = make(...)`, `from x import score`
@@ -346,7 +372,9 @@ def _are_known(findings: Sequence[Finding], offline: bool) -> bool:
     if any(f.fault or f.facts == OFFLINE for f in findings):
         return False
     named = [f for f in findings if f.setting.startswith("ppo.")]
-    return not offline or all(function_reference(f.resource) for f in named)
+    return not offline or all(
+        function_reference(f.resource) or f.resource.startswith("http") for f in named
+    )
 
 
 def _print_costs(config: RunConfig, stages: Sequence[str], console: Console) -> Iterator[str]:

@@ -13,7 +13,6 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from pipeline.config import function_reference
 from pipeline.models import adapters
 from pipeline.models.empty import empty_model
 from pipeline.models.footprint import Footprint, Roles, expected
@@ -21,6 +20,8 @@ from pipeline.models.loading import explain_load_errors, torch_dtype
 from pipeline.models.store import HANDLE, ModelStore, find_artifact
 from pipeline.models.trunk import BaseOrigin, Handle, Role, Trunk
 from pipeline.resume import KEPT_STATES
+from pipeline.reward_config import OWN, ModelEntry
+from pipeline.reward_list import source_names, walk_entries
 from pipeline.runfolder import read_json
 from stages.config import RunConfig
 
@@ -68,7 +69,7 @@ class Rehearsal:
 
     def ppo(self) -> tuple[Roles, list[nn.Parameter]]:
         """Roles of the PPO stage, and what it trains."""
-        from pipeline.rewards import ModelReward
+        from pipeline.rewards import ModelReward, reward_roles
         from stages.ppo.actor_critic import ActorCritic
         from stages.ppo.models import build_models
 
@@ -77,12 +78,11 @@ class Rehearsal:
         start = self.sft_handle() if policy is None else self._opened(policy, "sft")
         start = start.with_role("policy", head=None)
         rewards = self._rewards(start)
-        source: Any = ModelReward(rewards) if isinstance(rewards, Handle) else None
+        ours = [model for model in rewards.values() if isinstance(model, Handle)]
+        source = ModelReward(ours[0]) if len(ours) == 1 else None
         models = build_models(start, source, config, self.store)
         actor_critic = ActorCritic(models.policy, models.value)
-        roles = dict(models.roles(source))
-        if isinstance(rewards, nn.Module):
-            roles["reward"] = rewards
+        roles = {**models.roles(None), **reward_roles(rewards)}
         return roles, [*actor_critic.policy_parameters(), *actor_critic.value_parameters()]
 
     # --- handles ---
@@ -104,17 +104,23 @@ class Rehearsal:
         handle.trunk.add_head(name)
         return handle.with_role("reward", head=name)
 
-    def _rewards(self, start: Handle) -> Handle | nn.Module | None:
-        """A reward model of ours, one of another making, or None of a function."""
-        resource = self.config.ppo.rewards
-        if resource is None:
-            own = self.config.ppo.policy is None
-            return self.reward_handle(start if own else self.sft_handle())
-        if function_reference(resource) is not None:
-            return None
-        if find_artifact(resource, "reward") is not None:
-            return self._opened(resource, "reward")
-        return _classifier(resource, self.config)
+    def _rewards(self, start: Handle) -> dict[str, Handle | nn.Module]:
+        """The reward models by name, of ours or of another making; functions have none."""
+        rewards, found = self.config.ppo.rewards, dict[str, Handle | nn.Module]()
+        own: Handle | None = None
+        for name, entry in zip(source_names(rewards), walk_entries(rewards), strict=True):
+            if not isinstance(entry, ModelEntry):
+                continue
+            if entry.model == OWN:
+                if own is None:
+                    sft = start if self.config.ppo.policy is None else self.sft_handle()
+                    own = self.reward_handle(sft)
+                found[name] = own
+            elif find_artifact(entry.model, "reward") is not None:
+                found[name] = self._opened(entry.model, "reward")
+            else:
+                found[name] = _classifier(entry.model, self.config)
+        return found
 
     def _opened(self, resource: str, stage: str) -> Handle:
         """What `ModelStore.resolve` would open, from its JSON files alone."""

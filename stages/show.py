@@ -114,7 +114,12 @@ def _changed_settings(manifest: Manifest, config: Mapping[str, Any]) -> str:
         current = key_values(_section(section), config.get(section) or {})
         now[section] = {key: current.get(key) for key in values}
     resources: Mapping[str, str] = manifest.material.get("resources", {})
-    own = (f"{manifest.stage}.{name}" for name in resource_fields(_section(manifest.stage)))
+    # What had a name of its own then may be a list of them now.
+    own = (
+        f"{manifest.stage}.{name}"
+        for name in resource_fields(_section(manifest.stage))
+        if name not in recorded[manifest.stage]
+    )
     named = {field: _named(field, config, resources) for field in (*resources, *own)}
     changed = difference(resources, {field: value for field, value in named.items() if value})
     return ", ".join(filter(None, (difference(recorded, now), changed)))
@@ -126,15 +131,19 @@ def _section(name: str) -> type[Section]:
     return section
 
 
-def _named(field: str, config: Mapping[str, Any], recorded: Mapping[str, str]) -> str | None:
+def _named(field: str, config: Mapping[str, Any], recorded: Mapping[str, str]) -> Any:
     """What config.yaml names for a resource, in the terms of the manifest.
 
     Whether the content of local files has changed, only a run finds out: it hashes them.
     """
-    section, name = field.split(".")
-    resource: str | None = (config.get(section) or {}).get(name)
-    if resource is None:
-        return None
+    resource: Any = config
+    for part in field.split("."):
+        if isinstance(resource, list):
+            resource = dict(enumerate(resource)).get(int(part))
+        else:
+            resource = resource.get(part) if isinstance(resource, Mapping) else None
+    if not isinstance(resource, str):
+        return resource
     is_local = function_reference(resource) or Path(resource).is_absolute()
     return recorded.get(field, resource) if is_local else resource
 

@@ -8,10 +8,10 @@ from pipeline.config import VllmSection
 from pipeline.distributed import Runtime
 from pipeline.errors import ConfigError
 from pipeline.generation.engine import Engine
-from pipeline.generation.json_http import JsonServer
 from pipeline.generation.local import LocalEngine
 from pipeline.generation.vllm import VllmEngine
 from pipeline.generation.vllm_adapters import SETTING, AdapterHandover
+from pipeline.json_http import JsonServer
 from pipeline.runfolder import json_hash
 
 

@@ -19,9 +19,9 @@ from pipeline.batches import TokenBatch, pad_numbers
 from pipeline.distributed import Runtime
 from pipeline.errors import ConfigError, PipelineError, TrainingError
 from pipeline.generation.engine import Generations, Sampling
-from pipeline.generation.json_http import JsonServer, ServerFault
 from pipeline.generation.vllm_adapters import AdapterHandover
 from pipeline.inference import infer
+from pipeline.json_http import JsonServer, ServerFault
 from pipeline.models.adapters import adapter_state
 from pipeline.models.trunk import Handle
 from pipeline.not_finite import NotFinite, caught, raised, together

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pipeline.config import VllmSection, vllm_max_rank, vllm_refusals
 from pipeline.errors import ConfigError
-from pipeline.generation.json_http import JsonServer, ServerFault
+from pipeline.json_http import JsonServer, ServerFault
 from pipeline.models.adapters import save_adapter
 from pipeline.models.trunk import Handle, tensors_hash
 from pipeline.runfolder import writing

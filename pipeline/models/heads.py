@@ -42,10 +42,10 @@ class ScalarHead(nn.Module):
         self.shift.add_(mean * self.scale)
         self.scale.mul_(std)
 
-    def folded(self) -> "ScalarHead":
-        """A head with the same scores, its shift and scale folded into weight and bias."""
+    def folded(self, weight: float = 1.0, shift: float = 0.0) -> "ScalarHead":
+        """A head for weight x (score - shift), all of it folded into its weight and bias."""
         head = ScalarHead(self.weight.numel(), self.weight.dtype).to(self.weight.device)
         with torch.no_grad():
-            head.weight.copy_(self.weight / self.scale)
-            head.bias.copy_((self.bias - self.shift) / self.scale)
+            head.weight.copy_(weight * self.weight / self.scale)
+            head.bias.copy_(weight * ((self.bias - self.shift) / self.scale - shift))
         return head

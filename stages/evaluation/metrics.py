@@ -6,7 +6,6 @@ arXiv:2210.10760 (policies compared at equal KL).
 """
 
 import math
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -103,36 +102,3 @@ def order_accuracy(
     ]
     assert outcomes, "no comparable pair"
     return math.fsum(outcomes) / len(outcomes), len(outcomes)
-
-
-# Scripts written without spaces, where each character counts as a word: Thai and Lao, Khmer,
-# kana, and the Han ideographs.
-_UNSPACED = (
-    (0x0E00, 0x0EFF),
-    (0x1780, 0x17FF),
-    (0x3040, 0x30FF),
-    (0x3400, 0x4DBF),
-    (0x4E00, 0x9FFF),
-    (0xF900, 0xFAFF),
-    (0x20000, 0x323AF),
-)
-
-
-def words(text: str) -> list[str]:
-    """Case-folded words of a text in any script, for ROUGE (punctuation separates).
-
-    Runs of letters, digits and marks are words (Korean: what stands between spaces); scripts
-    without spaces give single characters. ROUGE's own tokenizer keeps ASCII letters and digits
-    only, so that two Korean texts would have no word at all.
-    """
-    found: list[str] = []
-    open_word = False
-    for char in unicodedata.normalize("NFC", text.casefold()):
-        inside = unicodedata.category(char)[0] in "LNM"
-        alone = inside and any(low <= ord(char) <= high for low, high in _UNSPACED)
-        if inside and open_word and not alone:
-            found[-1] += char
-        elif inside:
-            found.append(char)
-        open_word = inside and not alone
-    return found

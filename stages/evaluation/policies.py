@@ -1,7 +1,8 @@
 """The responses of the policies to the held-out prompts, and everything measured on them."""
 
+import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,8 @@ from pipeline.generation import Engine, Sampling
 from pipeline.inference import infer
 from pipeline.models.trunk import Handle
 from pipeline.records import Prompt
-from pipeline.rewards import Completions, RewardSource
+from pipeline.rewards import Completions, RewardSource, Scores, measured
+from pipeline.rouge import f_measures, require_rouge
 from stages.evaluation import metrics
 from stages.evaluation.config import EvaluationSection
 
@@ -30,6 +32,7 @@ class Answers:
     texts: list[str]
     ended: list[bool]
     scores: list[float]
+    by_source: Mapping[str, list[float]]  # of several reward sources, each one's; NaN for none
     gold: list[float] | None
     rouge_l: list[float] | None
     kl: float
@@ -43,6 +46,7 @@ class Answers:
         numbers = {
             "score": statistics.fmean(self.scores),
             "score_std": statistics.pstdev(self.scores),
+            "scores": {n: _mean_of_known(x) for n, x in self.by_source.items()} or None,
             "gold": None if self.gold is None else statistics.fmean(self.gold),
             "kl": self.kl,
             "length": statistics.fmean(map(len, self.response_ids)),
@@ -58,6 +62,7 @@ class Answers:
         found = {
             "text": self.texts[index],
             "score": self.scores[index],
+            "scores": {n: x[index] for n, x in self.by_source.items()} or None,
             "gold": None if self.gold is None else self.gold[index],
             "rouge_l": None if self.rouge_l is None else self.rouge_l[index],
             "tokens": len(self.response_ids[index]),
@@ -111,18 +116,18 @@ class Panel:
     def answer(self, policy: Handle, sft: Handle) -> Answers:
         """One response of `policy` to each prompt."""
         drawn = self._draw(policy, 1)
-        scores = self._scores(drawn, self.rewards)
-        return self._measure(drawn, scores, self._kl(policy, sft, drawn))
+        return self._measure(drawn, self._reward(drawn), self._kl(policy, sft, drawn))
 
     def best_of_n(self, sft: Handle, n: int) -> Answers:
         """The best of n SFT responses to each prompt by the run's rewards."""
         drawn = self._draw(sft, n)
-        scores = self._scores(drawn, self.rewards)
+        scores = self._reward(drawn)
         count = len(self.prompts)
-        best = metrics.best_indices([scores[i::count] for i in range(count)])
+        best = metrics.best_indices([scores.total[i::count] for i in range(count)])
         rows = [i + j * count for i, j in enumerate(best)]
-        chosen = drawn.take(rows)
-        return self._measure(chosen, [scores[row] for row in rows], metrics.best_of_n_kl(n))
+        of_row = scores.rows()
+        chosen = Scores.of_rows([of_row[row] for row in rows])
+        return self._measure(drawn.take(rows), chosen, metrics.best_of_n_kl(n))
 
     def _draw(self, policy: Handle, n: int) -> Completions:
         """n responses to each prompt; response j to prompt i stands in row i + j * N."""
@@ -137,17 +142,26 @@ class Panel:
         response_ids, ended = [ids for ids, _ in written], [end for _, end in written]
         return Completions.decode(self.codec, self.prompts * n, prompt_ids, response_ids, ended)
 
-    def _scores(self, drawn: Completions, source: RewardSource) -> list[float]:
-        """Scores of the responses by a source."""
-        return self.runtime.divided(len(drawn), lambda rows: source.score(drawn.take(rows)))
+    def _reward(self, drawn: Completions) -> Scores:
+        """Scores of the responses by the run's rewards."""
+        return Scores.of_rows(
+            self.runtime.divided(
+                len(drawn), lambda rows: measured(self.rewards, drawn.take(rows)).rows()
+            )
+        )
 
-    def _measure(self, drawn: Completions, scores: list[float], kl: float) -> Answers:
+    def _judged(self, drawn: Completions, judge: RewardSource) -> list[float]:
+        """Scores of the responses by a judge."""
+        return self.runtime.divided(len(drawn), lambda rows: judge.score(drawn.take(rows)))
+
+    def _measure(self, drawn: Completions, scores: Scores, kl: float) -> Answers:
         return Answers(
             response_ids=[list(ids) for ids in drawn.completion_ids],
             texts=list(drawn.texts),
             ended=list(drawn.ended),
-            scores=list(scores),
-            gold=None if self.gold is None else self._scores(drawn, self.gold),
+            scores=scores.total,
+            by_source=scores.by_source,
+            gold=None if self.gold is None else self._judged(drawn, self.gold),
             rouge_l=None if self.references is None else rouge_l(drawn.texts, self.references),
             kl=kl,
         )
@@ -168,6 +182,11 @@ class Panel:
         return metrics.sequence_kl(*([pair[i] for pair in found] for i in (0, 1)))
 
 
+def _mean_of_known(scores: Sequence[float]) -> float | None:
+    known = [score for score in scores if not math.isnan(score)]
+    return statistics.fmean(known) if known else None
+
+
 def logprobs(
     handle: Handle, drawn: Completions, temperature: float, token_budget: int | None
 ) -> list[list[float]]:
@@ -178,36 +197,14 @@ def logprobs(
 
 
 def rouge_l(texts: Sequence[str], references: Sequence[str]) -> list[float]:
-    """ROUGE-L F-measure of each text (Lin 2004), on `metrics.words`, which read any script."""
-    scorer = _rouge_scorer()(["rougeL"], tokenizer=_Words())
-    return [
-        float(scorer.score(reference, text)["rougeL"].fmeasure)
-        for text, reference in zip(texts, references, strict=True)
-    ]
-
-
-def _rouge_scorer() -> Any:
-    try:
-        from rouge_score.rouge_scorer import RougeScorer
-    except ImportError as error:
-        raise ConfigError(
-            "evaluation.reference_column asks for ROUGE-L, which needs the package rouge-score: "
-            "install rlhf-pipeline[eval], or leave the setting out"
-        ) from error
-    return RougeScorer
-
-
-class _Words:
-    """rouge-score's tokenizer interface."""
-
-    def tokenize(self, text: str) -> list[str]:
-        return metrics.words(text)
+    """ROUGE-L F-measure of each text."""
+    return f_measures(texts, references, "rougeL")
 
 
 def _references(prompts: Sequence[Prompt], column: str | None) -> list[str] | None:
     if column is None:
         return None
-    _rouge_scorer()  # its absence is said before anything is generated
+    require_rouge("evaluation.reference_column")  # its absence is said before anything is generated
     for prompt in prompts:
         if not isinstance(prompt.columns.get(column), str):
             raise ConfigError(

@@ -54,6 +54,20 @@ def policy_rows(
     return header, rows
 
 
+def source_rows(metrics: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and one row a policy of the mean scores by reward source, where there are several."""
+    policies = {p: n["scores"] for p, n in metrics["policies"].items() if n.get("scores")}
+    names = list(dict.fromkeys(name for scores in policies.values() for name in scores))
+    rows = [
+        [
+            policy_name(policy, metrics),
+            *("" if scores.get(n) is None else f"{scores[n]:+.3f}" for n in names),
+        ]
+        for policy, scores in policies.items()
+    ]
+    return ["reward by source", *names], rows
+
+
 def win_lines(metrics: dict[str, Any]) -> list[str]:
     """One sentence a comparison."""
     return [
@@ -206,6 +220,7 @@ def markdown(metrics: dict[str, Any]) -> str:
     sections = [
         ["# Evaluation", sampling],
         [_markdown_table(header, rows)],
+        [_markdown_table(*source_rows(metrics))] if source_rows(metrics)[1] else [],
         [f"- {line}" for line in (*win_lines(metrics), *reward_lines(metrics))],
         ["## Limits"],
         [f"- {line}" for line in limits(metrics)],
@@ -235,13 +250,16 @@ def print_report(metrics: dict[str, Any], console: Any) -> None:
     from rich import box
     from rich.table import Table
 
-    header, rows = policy_rows(metrics, [name for name in COLUMNS if name != "n"])
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for index, name in enumerate(header):
-        table.add_column(name, justify="right" if index else "left")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+    tables = [policy_rows(metrics, [name for name in COLUMNS if name != "n"]), source_rows(metrics)]
+    for header, rows in tables:
+        if not rows:
+            continue
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+        for index, name in enumerate(header):
+            table.add_column(name, justify="right" if index else "left")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
     for line in (*win_lines(metrics), *reward_lines(metrics)):
         console.print(line, highlight=False)
 

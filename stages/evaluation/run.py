@@ -10,10 +10,10 @@ scores), `report.md` and, where matplotlib is installed, `ppo.png`, in `runs/NAM
     rlhf evaluate configs/quickstart.yaml evaluation.prompts=1000
 
 Keys of metrics.json: reward_model {accuracy, ece, n, ceiling?} or null without a reward stage;
-policies {sft, ppo, best_of_n?: {score, score_std, gold?, kl, length, eos_rate, distinct_2,
-rouge_l?, n}}; win_rate {ppo_vs_sft, best_of_n_vs_sft?: {rate, low, high, n, judge}}; seconds
-{sft?, reward?, ppo, evaluation}; peak_rss_mb (MiB, of this process so far); about {the settings
-behind the numbers, and versions}.
+policies {sft, ppo, best_of_n?: {score, score_std, scores? (of each of several sources), gold?, kl,
+length, eos_rate, distinct_2, rouge_l?, n}}; win_rate {ppo_vs_sft, best_of_n_vs_sft?: {rate, low,
+high, n, judge}}; seconds {sft?, reward?, ppo, evaluation}; peak_rss_mb (MiB, of this process so
+far); about {the settings behind the numbers, and versions}.
 """
 
 import resource
@@ -28,7 +28,8 @@ from pipeline.errors import DataError, TrainingError
 from pipeline.generation import LocalEngine
 from pipeline.models.trunk import Handle
 from pipeline.records import Prompt, Ranking
-from pipeline.rewards import Completions, FunctionReward, ModelReward, RewardSource, open_reward
+from pipeline.reward_list import uses_own
+from pipeline.rewards import Completions, FunctionReward, Opener, RewardSource, models_of
 from pipeline.runfolder import (
     json_line,
     read_json,
@@ -54,7 +55,7 @@ class EvaluationStage:
     def needs(self, config: Any) -> tuple[str, ...]:
         """The stages whose models it compares or asks; what PPO took elsewhere is taken there."""
         sft = () if config.ppo.policy else ("sft",)
-        reward = () if config.ppo.rewards else ("reward",)
+        reward = ("reward",) if uses_own(config.ppo.rewards) else ()
         return (*sft, *reward, "ppo")
 
     def reads(self, config: Any) -> tuple[str, ...]:
@@ -74,7 +75,7 @@ class EvaluationStage:
         gold = FunctionReward(config.evaluation.gold) if config.evaluation.gold else None
         sft.codec.counts.clear()
         rewards = self._rewards(context)
-        handles = [sft, ppo, *([rewards.handle] if isinstance(rewards, ModelReward) else [])]
+        handles = [sft, ppo, *(m for m in models_of(rewards).values() if isinstance(m, Handle))]
         context.runtime.shard(*(handle.trunk for handle in handles))
         panel = Panel(
             config.evaluation,
@@ -118,15 +119,17 @@ class EvaluationStage:
 
     def _rewards(self, context: Context) -> RewardSource:
         """What PPO maximised."""
-        budget = context.config.evaluation.micro_batch_tokens
-        rewards = context.config.ppo.rewards
-        if rewards:
-            return open_reward(rewards, context.store, context.config.model, budget)
-        return ModelReward(context.store.open(context.parents["reward"]), budget)
+        opener = Opener(
+            context.store,
+            context.config.model,
+            context.config.evaluation.micro_batch_tokens,
+            lambda: context.store.open(context.parents["reward"]),
+        )
+        return opener.open(context.config.ppo.rewards)
 
     @staticmethod
     def _has_ceiling(config: Any) -> bool:
-        return bool(config.evaluation.gold and not config.ppo.rewards)
+        return bool(config.evaluation.gold and uses_own(config.ppo.rewards))
 
     def _reward_model(
         self, context: Context, gold: RewardSource | None, codec: Codec

@@ -34,6 +34,8 @@ from pipeline.models import adapters
 from pipeline.models.loading import language_model
 from pipeline.models.store import HANDLE
 from pipeline.models.trunk import Handle
+from pipeline.reward_config import OWN
+from pipeline.reward_list import source_names, uses_own
 from pipeline.runfolder import (
     file_hash,
     read_json,
@@ -253,11 +255,15 @@ def _start(config: Any) -> tuple[str, str | None]:
 
 def _steps(config: Any) -> str:
     sft = "" if config.ppo.policy else "supervised fine-tuning on demonstrations, "
-    if config.ppo.rewards is None:
-        return f"{sft}a reward model from ranked responses, and PPO against it"
     rewards = config.ppo.rewards
-    local = resource_path(rewards).exists()
-    return f"{sft}PPO against the reward `{Path(rewards).name if local else rewards}`"
+    trained = "a reward model from ranked responses, and " if uses_own(rewards) else ""
+    if rewards is None or rewards == OWN:
+        return f"{sft}{trained}PPO against it"
+    if isinstance(rewards, str):
+        local = resource_path(rewards).exists()
+        return f"{sft}PPO against the reward `{Path(rewards).name if local else rewards}`"
+    names = ", ".join(f"`{name}`" for name in source_names(rewards))
+    return f"{sft}{trained}PPO against the rewards {names}"
 
 
 def _data(report: Mapping[str, Any]) -> tuple[Data, ...]:

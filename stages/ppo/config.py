@@ -18,6 +18,7 @@ from pipeline.config import (
     Section,
     Tuning,
 )
+from pipeline.reward_list import Entries, repeated_name
 from stages.ppo.learning_config import (
     DEFAULT_LEARNING_RATE,
     AdvantageSection,
@@ -89,10 +90,12 @@ class PpoSection(Section):
         None,
         description="Hub id, folder or run (its SFT) to start from; default: this run's SFT.",
     )
-    rewards: Resource | None = Field(
+    rewards: Literal["own"] | Resource | Entries | None = Field(
         None,
-        description="A run, a folder or Hub id of a sequence-classification model, or "
-        "function (file.py:name or module:name); default: the run's own reward model.",
+        description="A run, a folder or Hub id of a sequence-classification model, a function "
+        "(file.py:name or module:name), an address, or a list of sources whose weighted scores add "
+        "up (docs/rewards.md); default: the run's own reward model (`own`).",
+        union_mode="left_to_right",
     )
     tuning: Tuning = Field("lora", description="Train an adapter (`lora`) or all weights (`full`).")
     value: Literal["separate", "shared"] = Field(
@@ -147,6 +150,15 @@ class PpoSection(Section):
                 f"{rollout.num_rollouts} rollouts, not divisible by ppo.optim.minibatches = "
                 f"{minibatches} ({rollout.num_rollouts} = {minibatches} x {size} + {rest}): "
                 "change one of the three"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _sources_have_names_of_their_own(self) -> "PpoSection":
+        if name := repeated_name(self.rewards):
+            raise ValueError(
+                f"ppo.rewards names two sources {name!r}, which metrics and samples could not tell "
+                "apart: rename one"
             )
         return self
 

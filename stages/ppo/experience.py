@@ -82,6 +82,7 @@ def rollout_metrics(
     responses = float(scores[0])
     return {
         **_importance_metrics(rollout, all_sum, importance_cap),
+        **source_metrics(rollout, all_sum),
         "score": score,
         "score_std": score_variance**0.5,
         "reward": reward_sum / responses,
@@ -92,6 +93,21 @@ def rollout_metrics(
         "eos_rate": ended / responses,
         "responses": responses,
     }
+
+
+def source_metrics(rollout: Rollout, all_sum: AllSum) -> dict[str, float]:
+    """`scores/NAME/mean` and `scores/NAME/std` of each source over the rows that it scored.
+
+    Left out of a source that scored none. Every process has the same sources in the same order.
+    """
+    found: dict[str, float] = {}
+    for name, scores in rollout.source_scores.items():
+        known = ~scores.isnan()
+        sums = all_sum(moments(scores.nan_to_num().unsqueeze(1), known.unsqueeze(1)))
+        if sums[0] > 0:
+            mean, variance = mean_variance(sums)
+            found |= {f"scores/{name}/mean": mean, f"scores/{name}/std": variance**0.5}
+    return found
 
 
 def _importance_metrics(rollout: Rollout, all_sum: AllSum, cap: float | None) -> dict[str, float]:

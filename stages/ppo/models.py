@@ -6,8 +6,8 @@
 | full | own weights, from the start's | the start, frozen | own weights, from the reward's |
 
 With `ppo.value: shared` the value is a head on the policy's hidden states. Without a reward model
-of ours the value model starts from the policy's start with a zero head. With full fine-tuning the
-reference may lie on another device or in another type (`ppo.reference`).
+of ours, or with several, the value model starts from the policy's start with a zero head. With full
+fine-tuning the reference may lie on another device or in another type (`ppo.reference`).
 """
 
 from dataclasses import dataclass
@@ -24,10 +24,12 @@ from pipeline.models.loading import torch_dtype
 from pipeline.models.store import ModelStore
 from pipeline.models.trunk import Handle, Trunk
 from pipeline.rewards import (
-    ModelReward,
+    Opener,
     RewardSource,
-    SequenceClassificationReward,
-    open_reward,
+    WeightedModel,
+    models_of,
+    reward_roles,
+    weighted_models,
 )
 from pipeline.stage import Context
 from stages.ppo.config import ReferenceSection
@@ -48,11 +50,7 @@ class Models:
             "value": self.value,
             "reference": self.reference,
         }
-        if isinstance(rewards, ModelReward):
-            found["reward"] = rewards.handle
-        elif isinstance(rewards, SequenceClassificationReward):
-            found["reward"] = rewards.model
-        return found
+        return found | reward_roles(models_of(rewards))
 
     def trunks(self, rewards: RewardSource | None) -> list[Trunk]:
         """The trunks of our models, each once."""
@@ -99,24 +97,32 @@ def open_rewards(context: Context, start: Handle) -> RewardSource:
     Raises:
         ModelError: a reward model of ours that reads another vocabulary than the policy's.
     """
-    resource = context.config.ppo.rewards
-    budget = context.config.ppo.rollout.micro_batch_tokens
-    if resource is None:
-        source: RewardSource = ModelReward(context.store.open(context.parents["reward"]), budget)
-    else:
-        source = open_reward(resource, context.store, context.config.model, budget)
-    if isinstance(source, ModelReward) and not source.handle.codec.same_ids(start.codec):
+    store, named = context.store, context.config.ppo.rewards
+    opener = Opener(
+        store,
+        context.config.model,
+        context.config.ppo.rollout.micro_batch_tokens,
+        lambda: store.open(context.parents["reward"]),
+    )
+    rewards = opener.open(named)
+    for name, model in models_of(rewards).items():
+        if not isinstance(model, Handle) or model.codec.same_ids(start.codec):
+            continue
+        if not isinstance(named, str):
+            named = name or "the reward model of this run"
         raise ModelError(
-            f"ppo.rewards is {resource or 'the reward model of this run'}, with the vocabulary of "
-            f"{source.handle.codec.name!r}, but the policy ({context.config.ppo.policy or 'SFT'}) "
+            f"ppo.rewards is {named}, with the vocabulary of "
+            f"{model.codec.name!r}, but the policy ({context.config.ppo.policy or 'SFT'}) "
             f"has that of {start.codec.name!r}: it would read other tokens than were sampled. "
             "Train the reward model on the policy's base, or name a sequence-classification model "
             "or a function, which read text."
         )
-    return source
+    return rewards
 
 
-def build_models(start: Handle, rewards: RewardSource, config: Any, store: ModelStore) -> Models:
+def build_models(
+    start: Handle, rewards: RewardSource | None, config: Any, store: ModelStore
+) -> Models:
     """Policy, reference and value from the start policy and, where it is one, our reward model.
 
     Raises:
@@ -124,11 +130,12 @@ def build_models(start: Handle, rewards: RewardSource, config: Any, store: Model
     """
     section, lora = config.ppo, config.lora
     policy = store.trainable_copy(start, "policy", section.tuning, lora)
-    source = rewards.handle if isinstance(rewards, ModelReward) else None
+    source = value_source(rewards)
     if section.value == "shared":
         value = _with_head(policy, None)
     else:
-        copied = store.trainable_copy(source or start, "value", section.tuning, lora)
+        origin = start if source is None else source.handle
+        copied = store.trainable_copy(origin, "value", section.tuning, lora)
         if section.tuning == "full":
             copied.trunk.drop_output_layer()
         value = _with_head(copied, source)
@@ -140,9 +147,19 @@ def build_models(start: Handle, rewards: RewardSource, config: Any, store: Model
                 "ppo.reference puts the reference elsewhere, but here its weights lie over all "
                 "processes: remove ppo.reference, or start with --launch ddp"
             )
-        is_shared = source is not None and source.trunk is start.trunk
+        models = models_of(rewards).values()
+        is_shared = any(isinstance(m, Handle) and m.trunk is start.trunk for m in models)
         reference = _placed(reference, section.reference, store, is_shared=is_shared)
     return Models(policy, reference, value)
+
+
+def value_source(rewards: RewardSource | None) -> WeightedModel | None:
+    """The reward model that the value model starts from: the only one of ours that counts.
+
+    Of several, none says what their sum will be.
+    """
+    found = weighted_models(rewards)
+    return found[0] if len(found) == 1 else None
 
 
 def _placed(
@@ -192,18 +209,22 @@ def _move(trunk: Trunk, device: torch.device, dtype: torch.dtype) -> None:
     trunk.place(device)
 
 
-def _with_head(handle: Handle, reward: Handle | None) -> Handle:
-    """The handle with a value head: the reward's with shift and scale folded in, or zeros."""
+def _with_head(handle: Handle, source: WeightedModel | None) -> Handle:
+    """The handle with a value head: the reward's with shift and scale folded in, or zeros.
+
+    It starts as what the reward model counts for: its scores times its weight.
+    """
     trunk = handle.trunk
     # An adapter's name is unique on its trunk; weights of its own are a trunk of its own.
     name = handle.role.adapter or "value"
-    if reward is None:
+    if source is None:
         trunk.add_head(name)
     else:
+        reward = source.handle
         assert reward.role.head is not None
         head = reward.trunk.heads[reward.role.head]
         assert isinstance(head, ScalarHead)
         if trunk is not reward.trunk:  # a copy of the reward model, head and all
             del trunk.heads[reward.role.head]
-        trunk.add_head(name, head.folded())
+        trunk.add_head(name, head.folded(source.weight, source.shift))
     return handle.with_role(handle.role.name, head=name)

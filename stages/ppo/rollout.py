@@ -5,8 +5,8 @@ engine has are used where they are the training forward's to float32 rounding; e
 computes them again, and the engine's log-probs give importance weights.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from pipeline.generation import Engine, Generations, Sampling
 from pipeline.inference import infer
 from pipeline.models.trunk import Handle
 from pipeline.records import Prompt
-from pipeline.rewards import Completions, RewardSource
+from pipeline.rewards import Completions, RewardSource, measured
 from stages.ppo.objective import final_scores, importance_weights
 from stages.ppo.rollout_config import RolloutSection
 
@@ -40,12 +40,13 @@ class Rollout:
     batch: TokenBatch
     texts: list[str]
     ended: Tensor  # (B,) bool: the policy ended it, not the limit
-    scores: Tensor  # (B,) as the reward source gave them
+    scores: Tensor  # (B,) as the reward source gave them, or their weighted sum of several
     rewards: Tensor  # (B,) after the missing-EOS rule and clipping
     logprobs: Tensor  # (B, R) of the policy that sampled
     ref_logprobs: Tensor  # (B, R)
     entropy: Tensor  # (B, R)
     values: Tensor  # (B, R); zeros without a value model
+    source_scores: Mapping[str, Tensor] = field(default_factory=dict)  # (B,) by each of several
     importance: Tensor | None = None  # (B, R) weights where the engine's numbers were not exact
 
     @property
@@ -142,7 +143,8 @@ def collect(
     own = _own_numbers(policy, value, batch, sampled, section)
     ended = torch.tensor(sampled.ended)
     dtype = own["logprobs"].dtype
-    scores = torch.tensor(agree(lambda: rewards.score(completions)), dtype=dtype)
+    scored = agree(lambda: measured(rewards, completions))
+    scores = torch.tensor(scored.total, dtype=dtype)
     ref_logprobs = infer(
         reference, batch, ["logprobs"], section.micro_batch_tokens, section.temperature
     )["logprobs"]
@@ -157,6 +159,7 @@ def collect(
             scores, ended, section.missing_eos, section.missing_eos_penalty, reward_clip
         ),
         ref_logprobs=ref_logprobs.to(dtype),
+        source_scores={n: torch.tensor(x, dtype=dtype) for n, x in scored.by_source.items()},
         **own,
     )
 

@@ -14,12 +14,15 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from pipeline.config import named_resources
 from pipeline.errors import DataError, TrainingError
 from pipeline.interruption import Interruption
 from pipeline.models.footprint import measure_at_first_step
 from pipeline.models.store import find_artifact
 from pipeline.not_finite import NotFinite, leave
 from pipeline.progress import ProgressBar
+from pipeline.reward_list import uses_own
+from pipeline.rewards import names_of
 from pipeline.stage import Context, Summary
 from stages.ppo import state
 from stages.ppo.actor_critic import ActorCritic
@@ -44,8 +47,8 @@ class PpoStage:
 
     def needs(self, config: Any) -> tuple[str, ...]:
         """The run's SFT and reward model, where the config names no others."""
-        own = {"sft": config.ppo.policy, "reward": config.ppo.rewards}
-        return tuple(stage for stage, resource in own.items() if resource is None)
+        sft = ("sft",) if config.ppo.policy is None else ()
+        return (*sft, "reward") if uses_own(config.ppo.rewards) else sft
 
     def reads(self, config: Any) -> tuple[str, ...]:
         """Prompts, and demonstrations for the language-model term."""
@@ -53,13 +56,12 @@ class PpoStage:
 
     def resources(self, config: Any) -> Mapping[str, str]:
         """The policy and rewards that the config names."""
-        named = {"policy": (config.ppo.policy, "sft"), "rewards": (config.ppo.rewards, "reward")}
-        # Of a run, what is taken counts alone: its other stages may go on.
-        return {
-            f"ppo.{field}": str(find_artifact(resource, stage) or resource)
-            for field, (resource, stage) in named.items()
-            if resource is not None
-        }
+        found = {}
+        for place, resource in named_resources(config.ppo):
+            # Of a run, what is taken counts alone: its other stages may go on.
+            artifact = find_artifact(resource, "sft" if place == ("policy",) else "reward")
+            found[".".join(map(str, ("ppo", *place)))] = str(artifact or resource)
+        return found
 
     def run(self, context: Context) -> Summary:
         """Train the policy; leave it, samples, texts and metrics.
@@ -112,7 +114,8 @@ class Training:
         self.samples: SampleFiles | None = None
         if section.samples.enabled:
             rows, prefix = section.samples.rows_per_file, f"rank{runtime.rank}"
-            self.samples = SampleFiles(root / "samples", codec, rows, prefix)
+            sources = names_of(self.rewards)
+            self.samples = SampleFiles(root / "samples", codec, rows, prefix, sources)
 
     # --- the loop ---
 
@@ -258,7 +261,8 @@ class Training:
             self.texts.write(rollout, iteration)
         metrics = rollout_metrics(rollout, self.section.kl, self.runtime.all_sum)
         self.checkpoints.offer(iteration, metrics["reward"])
-        return {f"held_out_{name}": metrics[name] for name in HELD_OUT_METRICS}
+        sources = [name for name in metrics if name.startswith("scores/")]
+        return {f"held_out_{name}": metrics[name] for name in (*HELD_OUT_METRICS, *sources)}
 
     def log(
         self, experience: Experience, metrics: dict[str, float], iteration: int, *, last: bool

@@ -1,6 +1,8 @@
 """What people look at afterwards: every rollout in Parquet files, and texts of fixed prompts."""
 
 import io
+from collections.abc import Sequence
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ SCHEMA = pa.schema(
         ("prompt", pa.string()),
         ("response", pa.string()),
         ("ended", pa.bool_()),
-        ("score", pa.float32()),  # as the reward source gave it
+        ("score", pa.float32()),  # as the reward source gave it, or the sum of several
         ("reward", pa.float32()),  # after the missing-EOS rule and clipping
         ("kl", pa.float32()),  # k1 sum of the response, in nats
         ("prompt_ids", pa.list_(pa.int32())),
@@ -36,6 +38,14 @@ SCHEMA = pa.schema(
 )
 
 
+def sample_schema(sources: Sequence[str]) -> pa.Schema:
+    """SCHEMA, with a column `scores/NAME` for each of several reward sources (null: no score)."""
+    schema = SCHEMA
+    for name in sources:
+        schema = schema.append(pa.field(f"scores/{name}", pa.float32()))
+    return schema
+
+
 class SampleFiles:
     """Writes rollouts to `FOLDER/PREFIX-00000.parquet`, ...; readable at every moment.
 
@@ -43,13 +53,22 @@ class SampleFiles:
     a run that dies leaves every finished iteration on disk.
     """
 
-    def __init__(self, folder: Path, codec: Codec, rows_per_file: int, prefix: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        codec: Codec,
+        rows_per_file: int,
+        prefix: str,
+        sources: Sequence[str] = (),
+    ) -> None:
+        """`sources`: the names of the reward sources, where there are several."""
         self.folder = folder
         self.codec = codec
         self.rows_per_file = rows_per_file
         self.prefix = prefix
         self.number = 0
-        self.table = SCHEMA.empty_table()
+        self.schema = sample_schema(sources)
+        self.table = self.schema.empty_table()
 
     def state(self) -> dict[str, int]:
         """How much has been written: full files, and rows of the newest."""
@@ -59,9 +78,9 @@ class SampleFiles:
         """Go back to where `state` was: what was written later goes."""
         self.number, newest = number, self._path(number)
         if rows:
-            self.table = pq.read_table(newest, schema=SCHEMA).slice(0, rows)
+            self.table = pq.read_table(newest, schema=self.schema).slice(0, rows)
         else:
-            self.table = SCHEMA.empty_table()
+            self.table = self.schema.empty_table()
             newest.unlink(missing_ok=True)
         later = number + 1
         while self._path(later).exists():
@@ -73,7 +92,7 @@ class SampleFiles:
 
     def write(self, experience: Experience, iteration: int) -> None:
         """Add one iteration's rollouts."""
-        rows = pa.Table.from_pylist(sample_rows(experience, iteration, self.codec), SCHEMA)
+        rows = pa.Table.from_pylist(sample_rows(experience, iteration, self.codec), self.schema)
         self.table = pa.concat_tables([self.table, rows])
         while self.table.num_rows:
             stream = io.BytesIO()
@@ -86,7 +105,7 @@ class SampleFiles:
 
 
 def sample_rows(experience: Experience, iteration: int, codec: Codec) -> list[dict[str, Any]]:
-    """One row of SCHEMA a response, numbers of real tokens only."""
+    """One row of `sample_schema` a response, numbers of real tokens only."""
     rollout = experience.rollout
     batch = rollout.batch
     lengths = batch.response_lengths.tolist()
@@ -103,6 +122,7 @@ def sample_rows(experience: Experience, iteration: int, codec: Codec) -> list[di
     kl_b = (rollout.logprobs - rollout.ref_logprobs).sum(1).tolist()  # zeros on padding
     scores, rewards = rollout.scores.tolist(), rollout.rewards.tolist()
     ended = rollout.ended.tolist()
+    by_source = {f"scores/{name}": x_b.tolist() for name, x_b in rollout.source_scores.items()}
     return [
         {
             "iteration": iteration,
@@ -115,6 +135,7 @@ def sample_rows(experience: Experience, iteration: int, codec: Codec) -> list[di
             "reward": rewards[row],
             "kl": kl_b[row],
             **{name: rows[row] for name, rows in ragged.items()},
+            **{name: None if isnan(x[row]) else x[row] for name, x in by_source.items()},
         }
         for row in range(len(rollout))
     ]

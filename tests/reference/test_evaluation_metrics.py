@@ -14,7 +14,6 @@ from stages.evaluation.metrics import (
     sequence_kl,
     wilson_interval,
     win_rate,
-    words,
 )
 
 
@@ -135,12 +134,3 @@ def test_order_accuracy() -> None:
     scores = [[3.0, 1.0, 3.0], [0.0, 1.0]]
     pairs = [[(0, 1), (0, 2), (1, 2)], [(1, 0)]]
     assert order_accuracy(scores, pairs) == (0.625, 4)
-
-
-def test_words_of_any_script() -> None:
-    assert words("The Cat's 2nd nap.") == ["the", "cat", "s", "2nd", "nap"]
-    assert words("고양이가 잤다.") == ["고양이가", "잤다"]
-    assert words("猫が3回") == ["猫", "が", "3", "回"]
-    # Decomposed and precomposed Hangul are the same word.
-    assert words("\u1100\u1161") == words("\uac00") == ["\uac00"]
-    assert words(" ...!") == []

@@ -180,6 +180,51 @@ def test_a_classifier_reads_the_response_of_a_prompt_that_is_too_long(classifier
     assert source.score(batch) == [pytest.approx(end, abs=1e-5)]
 
 
+@pytest.fixture
+def encoder(tmp_path):
+    """A BERT with one label and a tokenizer of whole words, in a folder."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+
+    names = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        *["is", "it", "cold", "yes", "no", "what", "user", ":"],
+    ]
+    raw = Tokenizer(models.WordLevel({name: n for n, name in enumerate(names)}, "[UNK]"))
+    raw.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    raw.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    marks = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep")}
+    inputs = ["input_ids", "token_type_ids", "attention_mask"]  # as BERT's own tokenizers have
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, model_input_names=inputs, **marks)
+    tokenizer.save_pretrained(tmp_path / "bert")
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = BertConfig(vocab_size=len(names), intermediate_size=16, num_labels=1, **shape)
+    config.initializer_range = 1.0  # so that what is read makes a difference
+    model = BertForSequenceClassification(config).eval()
+    model.save_pretrained(tmp_path / "bert")
+    return tmp_path / "bert", model
+
+
+def test_an_encoder_reads_prompt_and_response_as_a_pair(encoder):
+    folder, model = encoder
+    source = open_reward(str(folder), _Store(), ModelSection(path="x"), 8)
+    # [CLS] is it cold [SEP] yes it is [SEP], of types 0 and 1; and a shorter row beside it.
+    ids = torch.tensor([[2, 4, 5, 6, 3, 7, 5, 4, 3]])
+    with torch.no_grad():
+        alone = model(ids, token_type_ids=torch.tensor([[0] * 5 + [1] * 4])).logits[0, 0].item()
+        joined = model(torch.tensor([[2, 4, 5, 6, 7, 5, 4, 3]])).logits[0, 0].item()
+    texts = ["yes it is", "no"]
+    for prompt in ("is it cold", (Message("user", "is it cold"),)):
+        assert source.score(completions(texts, prompt))[0] == pytest.approx(alone, abs=1e-6)
+    text = open_reward(str(folder), _Store(), ModelSection(path="x"), 8, reads="text")
+    found = text.score(completions([" yes it is", " no"], "is it cold"))[0]
+    assert found == pytest.approx(joined, abs=1e-6) != pytest.approx(alone, abs=1e-4)
+
+
 def test_a_reward_model_of_ours_is_opened_with_the_token_budget_of_who_asks(tmp_path, make_store):
     store = make_store()
     handle = store.build(["the cat sat on the mat"] * 4)

@@ -11,8 +11,8 @@ import torch
 from pipeline.batches import TokenBatch
 from pipeline.errors import ConfigError, TrainingError
 from pipeline.generation import NativeEngine, Sampling
-from pipeline.generation.json_http import ServerFault
 from pipeline.generation.vllm import row_seed
+from pipeline.json_http import ServerFault
 from pipeline.models.trunk import Handle
 from stages.ppo.experience import rollout_metrics
 from stages.ppo.learning_config import KlSection

@@ -11,8 +11,8 @@ from pydantic import ValidationError
 from pipeline.config import VllmSection, key_values
 from pipeline.errors import ConfigError, TrainingError
 from pipeline.generation import NativeEngine
-from pipeline.generation.json_http import JsonServer, ServerFault
 from pipeline.generation.vllm import read_answer
+from pipeline.json_http import JsonServer, ServerFault
 from pipeline.models.trunk import Handle
 from pipeline.not_finite import NotFinite
 from stages.config import RunConfig

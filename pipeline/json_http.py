@@ -2,12 +2,13 @@
 
 import http.client
 import json
+import ssl
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
-from pipeline.errors import TrainingError
+from pipeline.errors import ConfigError, TrainingError
 
 _TRANSIENT = {429, 500, 502, 503, 504}
 _LONGEST_PAUSE = 30.0  # seconds
@@ -25,7 +26,8 @@ class JsonServer:
     """One server by its URL; every request has a connection of its own, so threads may share it.
 
     Lost connections, timeouts and the statuses 429, 500, 502, 503 and 504 are tried again `retries`
-    times, after pauses of `backoff_seconds` x 1, 2, 4, ... up to 30 seconds.
+    times, after pauses of `backoff_seconds` x 1, 2, 4, ... up to 30 seconds. Certificates of https
+    servers are verified by those of the system, and of `ca_file` (PEM) where it is given.
     """
 
     def __init__(
@@ -33,6 +35,8 @@ class JsonServer:
         url: str,
         *,
         api_key: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        ca_file: str | None = None,
         timeout_seconds: float = 600.0,
         retries: int = 5,
         backoff_seconds: float = 0.5,
@@ -40,7 +44,8 @@ class JsonServer:
     ) -> None:
         self.url = url.rstrip("/")
         self._parts = urlsplit(self.url)
-        self._headers = {"Content-Type": "application/json"}
+        self._headers = {"Content-Type": "application/json", **(headers or {})}
+        self._tls = _tls(ca_file) if self._parts.scheme == "https" else None
         if api_key is not None:
             self._headers["Authorization"] = f"Bearer {api_key}"
         self._timeout = timeout_seconds
@@ -67,7 +72,9 @@ class JsonServer:
             try:
                 return self._once(method, path, body)
             except ServerFault as fault:
-                passing = fault.status is None or fault.status in _TRANSIENT - set(final)
+                refused = isinstance(fault.__cause__, ssl.SSLCertVerificationError)
+                passing = fault.status in _TRANSIENT - set(final)
+                passing = passing or (fault.status is None and not refused)
                 if not passing or attempt == self._retries:
                     tries = f" (tried {attempt + 1} times)" if attempt else ""
                     raise ServerFault(f"{fault}{tries}", fault.status) from fault.__cause__
@@ -75,9 +82,11 @@ class JsonServer:
         raise AssertionError("the loop returns or raises")
 
     def _once(self, method: str, path: str, body: bytes | None) -> Any:
-        secure = self._parts.scheme == "https"
-        kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
-        connection = kind(self._parts.netloc, timeout=self._timeout)
+        connection = http.client.HTTPConnection(self._parts.netloc, timeout=self._timeout)
+        if self._tls is not None:
+            connection = http.client.HTTPSConnection(
+                self._parts.netloc, timeout=self._timeout, context=self._tls
+            )
         what = f"{method} {self.url}{path}"
         try:
             connection.request(method, self._parts.path + path, body, self._headers)
@@ -97,6 +106,16 @@ class JsonServer:
             return json.loads(text)
         except ValueError:
             return text
+
+
+def _tls(ca_file: str | None) -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    if ca_file is not None:
+        try:
+            context.load_verify_locations(ca_file)
+        except (OSError, ssl.SSLError) as error:
+            raise ConfigError(f"{ca_file} holds no certificates (PEM): {error}") from error
+    return context
 
 
 def _message(text: str) -> str:
