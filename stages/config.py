@@ -167,8 +167,15 @@ def _missing_data(config: RunConfig, stages: Collection[str]) -> Iterator[str]:
             f"data.prompts is missing: {' and '.join(asking)} would have no prompts. Name a file "
             "or Hub dataset, or data.demonstrations or data.rankings, whose prompts are then used"
         )
-    if "ppo" in stages and config.ppo.optim.ptx_coef and data.demonstrations is None:
+    optim = config.ppo.optim
+    if "ppo" in stages and optim.ptx_coef and data.demonstrations is None:
         yield (
-            f"data.demonstrations is missing: ppo.optim.ptx_coef is {config.ppo.optim.ptx_coef:g}, "
-            "which mixes demonstrations into PPO. Name them, or set ppo.optim.ptx_coef to 0"
+            f"data.demonstrations is missing: ppo.optim.ptx_coef is {optim.ptx_coef:g}, which "
+            "mixes demonstrations into PPO. Name them, or set ppo.optim.ptx_coef to 0"
+        )
+    if "ppo" in stages and optim.pretraining_coef and data.pretraining is None:
+        yield (
+            f"data.pretraining is missing: ppo.optim.pretraining_coef is "
+            f"{optim.pretraining_coef:g}, which mixes plain text into PPO. Name a file or Hub "
+            "dataset with a column `text`, or set ppo.optim.pretraining_coef to 0"
         )

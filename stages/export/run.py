@@ -39,7 +39,7 @@ from pipeline.runfolder import (
 from pipeline.stage import Context, Summary
 from stages.export.card import BESIDE, Base, CardFacts, Data, Form, model_card
 
-KINDS = ("demonstrations", "rankings", "prompts")
+KINDS = ("demonstrations", "rankings", "prompts", "pretraining")
 
 
 class ExportStage:
