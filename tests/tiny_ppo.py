@@ -159,6 +159,7 @@ class TinyPpo:
                 models.policy, models.reference, models.value, engine or NativeEngine(5),
                 self.rewards, prompts, [models.policy.codec.prompt_ids(p.prompt) for p in prompts],
                 indices, self.section.rollout, seed=7,
+                reference_length=self.section.advantage.reference_length,
             )  # fmt: skip
 
     def appraise(self, rollout: Rollout) -> Experience:

@@ -68,7 +68,7 @@ def test_advantages_and_returns_have_lambdas_of_their_own_by_hand() -> None:
     ],
 )
 def test_appraise_gives_policy_and_value_their_lambdas(settings, policy, value) -> None:
-    ppo = TinyPpo()
+    ppo = TinyPpo(stop_ids=frozenset(range(60)), rollout={"max_new_tokens": 12})
     rollout = ppo.collect()
     section = AdvantageSection(whiten=False, **settings)
     experience = appraise(rollout, 0.05, section, lambda x: x)
@@ -119,7 +119,7 @@ def test_beyond_the_dual_clip_there_is_no_gradient() -> None:
     old, advantages = torch.zeros(1, 2), -torch.ones(1, 2)
     mask = torch.ones(1, 2, dtype=torch.bool)
     found = policy_loss(logprobs, old, advantages, mask, 0.2, dual_clip=3.0)
-    assert float(found.loss) == pytest.approx(3 + 2)
+    assert found.loss.item() == pytest.approx(3 + 2)
     found.loss.backward()
     torch.testing.assert_close(logprobs.grad, torch.tensor([[0.0, 2.0]]))
 

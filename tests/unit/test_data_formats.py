@@ -215,7 +215,7 @@ def test_plain_text_is_read_as_it_stands_and_has_no_prompt():
     with pytest.raises(RowFault, match=r"`text` is a list .*, text is needed"):
         read_record({"text": ["a"]}, FORMATS["text"], "pretraining", "f:1", {})
     for kind in ("prompts", "demonstrations"):
-        with pytest.raises(DataError, match="'prompt' is missing"):
+        with pytest.raises(DataError, match=f"fit no format for {kind}"):
             read(row, kind)
 
 

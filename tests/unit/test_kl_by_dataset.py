@@ -75,7 +75,7 @@ def test_values_are_sorted_few_and_those_of_the_config() -> None:
         datasets([*prompts, Prompt("p", {"set": None}, "f:x")], KlSection(column="set"))
     unknown = KlSection(column="set", coefs={"math": 0.1})
     many = [Prompt("p", {"set": f"maths{i}"}) for i in range(3)]
-    with pytest.raises(DataError, match="names 'math', but .* are maths0, .*Did you mean 'maths"):
+    with pytest.raises(DataError, match=r"names 'math', but .* are maths0, .*Did you mean 'maths"):
         datasets(many, unknown)
     with pytest.raises(DataError, match="has 65 values, more than 64"):
         datasets([Prompt("p", {"set": i}) for i in range(65)], KlSection(column="set"))
