@@ -5,11 +5,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from pipeline.batches import TokenBatch
 from pipeline.errors import DataError
+from pipeline.generation import NativeEngine
 from pipeline.records import Prompt
 from stages.ppo.config import PpoSection
+from stages.ppo.experience import appraise
 from stages.ppo.kl import KlControl, datasets
 from stages.ppo.learning_config import KlSection
+from tests.tiny_ppo import TinyPpo
 
 
 def control(**kl) -> KlControl:
@@ -79,3 +83,56 @@ def test_values_are_sorted_few_and_those_of_the_config() -> None:
         datasets(many, unknown)
     with pytest.raises(DataError, match="has 65 values, more than 64"):
         datasets([Prompt("p", {"set": i}) for i in range(65)], KlSection(column="set"))
+
+
+class Indifferent:
+    """Reward: 0 for any response."""
+
+    name = "indifferent"
+
+    def score(self, completions):
+        """See `RewardSource`."""
+        return [0.0 for _ in completions.texts]
+
+
+def exact_kl(ppo: TinyPpo, prompt: str) -> float:
+    """KL(policy || reference) of the first token, in nats, over the whole vocabulary."""
+    size = ppo.models.policy.trunk.model.config.vocab_size
+    prompts = [ppo.start.codec.prompt_ids(prompt)] * size
+    batch = TokenBatch.from_ragged(prompts, [[token] for token in range(size)], 0)
+    with torch.no_grad():
+        ours = ppo.models.policy(batch, ["logprobs"]).logprobs[:, 0]
+        theirs = ppo.models.reference(batch, ["logprobs"]).logprobs[:, 0]
+    assert ours.exp().sum().item() == pytest.approx(1.0)
+    return float((ours.exp() * (ours - theirs)).sum())
+
+
+@pytest.mark.parametrize("held", [0, 1])
+def test_a_penalty_on_one_dataset_brings_back_its_prompts_alone(held: int) -> None:
+    """A policy that has left the reference, and no reward: the penalty alone teaches."""
+    coefs = {"a": 1.0 - held, "b": float(held)}
+    ppo = TinyPpo(
+        tuning="full",
+        reward_model=False,
+        iterations=40,
+        rollout={"prompts_per_iteration": 64, "max_new_tokens": 1, "missing_eos": "keep"},
+        optim={"learning_rate": 2e-3, "value_learning_rate": 1e-2, "ppo_epochs": 4},
+        kl={"column": "set", "coefs": coefs},
+    )
+    ppo.rewards = Indifferent()
+    ppo.order.prompts = [Prompt("the old cat", {"set": "a"}), Prompt("0123", {"set": "b"})]
+    generator = torch.Generator().manual_seed(1)
+    for weight in ppo.actor_critic.policy_parameters():
+        if weight.dim() > 1:
+            noise = torch.randn(weight.shape, generator=generator, dtype=weight.dtype)
+            weight.data += 0.15 * noise
+    control = KlControl(ppo.section, ["a", "b"])
+    before = [exact_kl(ppo, prompt.prompt) for prompt in ppo.order.prompts]
+    for iteration in range(1, 5):
+        rollout = ppo.collect(iteration, NativeEngine(64))
+        coefs_b = control.coefs(rollout.prompts)
+        experience = appraise(rollout, coefs_b, ppo.section.advantage, lambda x: x)
+        ppo.updater.update(experience, iteration)
+    after = [exact_kl(ppo, prompt.prompt) for prompt in ppo.order.prompts]
+    assert after[held] < 0.9 * before[held]
+    assert after[1 - held] > 0.98 * before[1 - held]
