@@ -19,7 +19,7 @@ def open_share(section: CurriculumSection, iteration: int, iterations: int) -> f
     """Share of the prompts that are open in an iteration, counted from 0, of so many.
 
     With s the share at the start and p = t / T the way to the iteration that opens all: s + (1 - s)
-    p, or sqrt(s^2 + (1 - s^2) p) (Platanios et al. 2019, arXiv:1903.09848, eq. 8).
+    p, or sqrt(s^2 + (1 - s^2) p) (Platanios et al. 2019, arXiv:1903.09848).
     """
     last = section.iterations or max(iterations // 2, 1)
     done = min(iteration / (last - 1), 1.0) if last > 1 else 1.0

@@ -1,10 +1,9 @@
 """An exponential moving average of the policy's weights (Polyak and Juditsky 1992).
 
-Averages of policies on the way earn as much reward at less KL than the last of them (PPO-EWMA,
-arXiv:2110.00641; WARP, arXiv:2406.16768). One step is an iteration, not an optimiser step: it is
-the policies that sampled that are averaged, however many steps `target_kl` leaves an iteration. The
-average lies on the host in float32, where a copy an iteration costs little; of sharded weights each
-process averages its own rows.
+WARP (arXiv:2406.16768) has such an average for a better front of reward against KL. One step is an
+iteration, not an optimiser step: what is averaged are the policies that sample, however many steps
+`target_kl` leaves an iteration. The average lies on the host in float32, where a copy an iteration
+costs little; of sharded weights each process averages its own rows.
 """
 
 from collections.abc import Iterator

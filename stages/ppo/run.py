@@ -2,7 +2,8 @@
 
 The InstructGPT recipe (arXiv:2203.02155, sec. 3.5 and app. C.4): sample, score, penalise each token
 by its log-ratio to the frozen start policy, GAE with a value model that starts as the reward model,
-clipped policy and value losses; InstructGPT's language-model term is `ppo.optim.pretraining_coef`.
+clipped policy and value losses; InstructGPT's language-model term is `ppo.optim.pretraining_coef`,
+its like for demonstrations `ptx_coef`. What else can be added is in docs/ppo-options.md.
 Deliberate deviations: losses are divided by the global count of response tokens, not averaged over
 sequences; gradients of policy and value model are clipped apart; a step of the learning-rate
 schedule is an iteration.

@@ -116,7 +116,12 @@ def test_a_penalty_on_one_dataset_brings_back_its_prompts_alone(held: int) -> No
         reward_model=False,
         iterations=40,
         rollout={"prompts_per_iteration": 64, "max_new_tokens": 1, "missing_eos": "keep"},
-        optim={"learning_rate": 2e-3, "value_learning_rate": 1e-2, "ppo_epochs": 4},
+        optim={
+            "learning_rate": 2e-3,
+            "value_learning_rate": 1e-2,
+            "ppo_epochs": 4,
+            "micro_batch_tokens": 4096,
+        },
         kl={"column": "set", "coefs": coefs},
     )
     ppo.rewards = Indifferent()
