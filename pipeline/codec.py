@@ -124,6 +124,18 @@ class Codec:
         """Token ids of a prompt and of a response to it."""
         return self.prompt_ids(prompt), self.response_ids(response, not isinstance(prompt, str))
 
+    def chunks(self, text: str) -> list[tuple[list[int], list[int]]]:
+        """Plain text as pairs of one token and those after it, that many at most as limits allow.
+
+        A pair begins with the token that the one before it ends with: every token but the text's
+        first (BOS, where the tokenizer has one) is predicted once. None of a text of one token. The
+        end of a text is no end of a response: `end_id` is not appended.
+        """
+        ids = [*self._opening, *self._plain_ids(text)]
+        size = self.max_prompt_tokens + self.max_response_tokens - 1
+        starts = range(0, len(ids) - 1, size)
+        return [(ids[start : start + 1], ids[start + 1 : start + 1 + size]) for start in starts]
+
     def text(self, response_ids: list[int], conversation: bool = False) -> str:
         """Text of a response without its stop token, special tokens and the template's lead.
 

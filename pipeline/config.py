@@ -404,6 +404,9 @@ class DataSection(Section):
         None,
         description="Prompts for PPO and evaluation; default: those of the other datasets.",
     )
+    pretraining: Source | None = Field(
+        None, description="Plain text (column `text`) that PPO may mix in; chunks fill the limits."
+    )
     held_out_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.1, description="Share of prompts, chosen by hash, that no stage trains on."
     )

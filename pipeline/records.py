@@ -41,6 +41,14 @@ class Demonstration:
 
 
 @dataclass(frozen=True, slots=True)
+class Document:
+    """Plain text as in pretraining: nobody asks, nobody answers."""
+
+    text: str
+    origin: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Ranking:
     """K >= 2 responses to one prompt and the order in which a person prefers them.
 

@@ -72,7 +72,7 @@ class Stage(Protocol):
         ...
 
     def reads(self, config: Any) -> tuple[str, ...]:
-        """Kinds of data it reads: demonstrations, rankings, prompts."""
+        """Kinds of data it reads: demonstrations, rankings, prompts, pretraining."""
         ...
 
     def resources(self, config: Any) -> Mapping[str, str]:

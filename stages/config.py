@@ -18,6 +18,7 @@ from pipeline.config import (
     vllm_refusals,
 )
 from pipeline.errors import ConfigError, ModelError
+from pipeline.reward_list import uses_own
 from stages.evaluation.config import EvaluationSection
 from stages.export.config import CLASSIFIED, ExportSection
 from stages.ppo.config import PpoSection
@@ -111,10 +112,11 @@ class RunConfig(Section):
                 f"export.adapters has sft but ppo.policy is {self.ppo.policy!r}, so PPO starts "
                 "from no SFT model of this run: take sft out of export.adapters"
             )
-        if export.asks_for_reward and self.ppo.rewards is not None:
+        if export.asks_for_reward and not uses_own(self.ppo.rewards):
             raise ValueError(
-                f"export.reward or export.adapters asks for the reward model but ppo.rewards is "
-                f"{self.ppo.rewards!r}, so the run trains none: remove one of the two"
+                "export.reward or export.adapters asks for the reward model, but ppo.rewards names "
+                "others, so the run trains none: remove one of the two, or name `own` among "
+                "ppo.rewards"
             )
         family = self.model.architecture.model_type
         if export.asks_for_reward and self.model.init == "config" and family not in CLASSIFIED:
@@ -227,8 +229,15 @@ def _missing_data(config: RunConfig, stages: Collection[str]) -> Iterator[str]:
             f"data.prompts is missing: {' and '.join(asking)} would have no prompts. Name a file "
             "or Hub dataset, or data.demonstrations or data.rankings, whose prompts are then used"
         )
-    if "ppo" in stages and config.ppo.optim.ptx_coef and data.demonstrations is None:
+    optim = config.ppo.optim
+    if "ppo" in stages and optim.ptx_coef and data.demonstrations is None:
         yield (
-            f"data.demonstrations is missing: ppo.optim.ptx_coef is {config.ppo.optim.ptx_coef:g}, "
-            "which mixes demonstrations into PPO. Name them, or set ppo.optim.ptx_coef to 0"
+            f"data.demonstrations is missing: ppo.optim.ptx_coef is {optim.ptx_coef:g}, which "
+            "mixes demonstrations into PPO. Name them, or set ppo.optim.ptx_coef to 0"
+        )
+    if "ppo" in stages and optim.pretraining_coef and data.pretraining is None:
+        yield (
+            f"data.pretraining is missing: ppo.optim.pretraining_coef is "
+            f"{optim.pretraining_coef:g}, which mixes plain text into PPO. Name a file or Hub "
+            "dataset with a column `text`, or set ppo.optim.pretraining_coef to 0"
         )

@@ -14,7 +14,7 @@ from pipeline.errors import ConfigError, ModelError
 from pipeline.generation import LocalEngine
 from pipeline.models.store import ModelStore, find_artifact
 from pipeline.models.trunk import Handle
-from pipeline.rewards import ModelReward, RewardSource, open_reward
+from pipeline.rewards import Opener, RewardSource
 from pipeline.runfolder import RunFolder
 from pipeline.yaml_config import validated
 from stages.config import RunConfig
@@ -122,10 +122,9 @@ class Target:
         """
         if self.config is None:
             raise ModelError(f"{self.resource} is no run, so that it has no reward to choose by")
-        named = self.config.ppo.rewards
-        if named is not None:
-            return open_reward(named, self.store, self.store.section, None)
-        return ModelReward(self.store.resolve(self.resource, "reward"))
+        store = self.store
+        opener = Opener(store, store.section, None, lambda: store.resolve(self.resource, "reward"))
+        return opener.open(self.config.ppo.rewards)
 
     # --- inside ---
 

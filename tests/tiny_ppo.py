@@ -26,6 +26,7 @@ from stages.ppo.actor_critic import ActorCritic
 from stages.ppo.config import PpoSection
 from stages.ppo.experience import Experience, appraise
 from stages.ppo.models import Models, build_models
+from stages.ppo.ptx import LanguageModelTerm
 from stages.ppo.rollout import PromptOrder, Rollout, collect
 from stages.ppo.update import Updater
 
@@ -130,13 +131,18 @@ class TinyPpo:
                     parameter.data = parameter.data.to(self.start.trunk.number_dtype)
         self.runtime = Runtime(RunSection(device="cpu", mixed_precision=precision))
         self.actor_critic = ActorCritic(self.models.policy, self.models.value)
+        optim_section = self.section.optim
         self.updater = Updater(
             self.actor_critic,
             self.section.optim,
             self.runtime,
             iterations=iterations,
             temperature=self.section.rollout.temperature,
-            demonstrations=demonstrations,
+            terms=[
+                LanguageModelTerm("ptx", "demonstrations", coef, optim_section.ptx_rows, pairs)
+                for coef, pairs in [(optim_section.ptx_coef, demonstrations)]
+                if pairs
+            ],
         )
         self.order = PromptOrder(PROMPTS, 3)
 
@@ -153,6 +159,7 @@ class TinyPpo:
                 models.policy, models.reference, models.value, engine or NativeEngine(5),
                 self.rewards, prompts, [models.policy.codec.prompt_ids(p.prompt) for p in prompts],
                 indices, self.section.rollout, seed=7,
+                reference_length=self.section.advantage.reference_length,
             )  # fmt: skip
 
     def appraise(self, rollout: Rollout) -> Experience:

@@ -16,15 +16,15 @@ from pipeline.data.split import is_held_out, split_key
 from pipeline.data.tally import Tally
 from pipeline.data.validate import Reason, RowFault, check_row, excerpt, normalise
 from pipeline.errors import DataError
-from pipeline.records import Demonstration, Prompt, PromptText, Ranking
+from pipeline.records import Demonstration, Document, Prompt, PromptText, Ranking
 
-KINDS: tuple[Kind, ...] = ("demonstrations", "rankings", "prompts")
+KINDS: tuple[Kind, ...] = ("demonstrations", "rankings", "prompts", "pretraining")
 HELD_OUT_ELSEWHERE = "prompt is held out elsewhere"
 REPEATED = "repeats an earlier prompt"
 
 HUB_SETTINGS = ("name", "data_dir", "revision", "held_out_split")
 
-RecordT = TypeVar("RecordT", Demonstration, Ranking, Prompt)
+RecordT = TypeVar("RecordT", Demonstration, Ranking, Prompt, Document)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +42,7 @@ class Corpus:
     demonstrations: Split[Demonstration] = Split()
     rankings: Split[Ranking] = Split()
     prompts: Split[Prompt] = Split()
+    pretraining: Split[Document] = Split()
     report: dict[str, Any] = field(default_factory=dict)
 
     def fingerprint(self, kind: Kind) -> str:
@@ -121,15 +122,19 @@ def _kinds_to_read(
 ) -> set[Kind]:
     for kind in sorted(asked - set(sources) - {"prompts"}):
         raise DataError(f"data.{kind} is not set, but this stage needs {kind}: give it a path.")
-    if "prompts" in asked and not sources:
+    # Plain text has no prompts and decides no prompt's part: it is read where a stage asks for it.
+    with_prompts = {kind: source for kind, source in sources.items() if kind != "pretraining"}
+    if "prompts" in asked and not with_prompts:
         raise DataError(
             "no prompts: set data.prompts, or data.demonstrations or data.rankings to take theirs."
         )
     coupled = data.group_column is not None or any(
-        locations(source, f"data.{kind}")[1] for kind, source in sources.items()
+        locations(source, f"data.{kind}")[1] for kind, source in with_prompts.items()
     )
     derived = "prompts" in asked and "prompts" not in sources
-    return set(sources) if coupled or derived else asked
+    if not (coupled or derived):
+        return asked
+    return {kind for kind in sources if kind != "pretraining" or kind in asked}
 
 
 def _read(kind: Kind, source: SourceSection, data: DataSection) -> _Dataset:
@@ -166,7 +171,8 @@ def _read_place(
     rows = rename_columns(rows, source.columns, setting, place.path)
     name = choose_format(rows, kind, source.format, setting, place.path)
     dataset.formats[name] = None
-    _check_group_column(rows, data.group_column, setting, place.path)
+    if kind != "pretraining":
+        _check_group_column(rows, data.group_column, setting, place.path)
     seen: dict[tuple[Any, Any], str] = {}
     parts: dict[str, bool] = {}
     for origin, row in rows:
@@ -174,8 +180,9 @@ def _read_place(
         try:
             check_row(row)
             record = read_record(row, FORMATS[name], kind, origin, dataset.notes)
-            key = split_key(record.prompt)
-            group = key if data.group_column is None else _group(row, data.group_column)
+            key = split_key(_opening(record))
+            column = None if kind == "pretraining" else data.group_column
+            group = key if column is None else _group(row, column)
             _check_row_id(row, origin, seen)
         except RowFault as fault:
             tally.bad(origin, row, fault)
@@ -218,7 +225,8 @@ def _check_row_id(row: Row, origin: str, seen: dict[tuple[Any, Any], str]) -> No
 
 def _remove_overlap(datasets: Mapping[Kind, _Dataset]) -> None:
     """Take out of every train set the prompts and groups that any kind holds out."""
-    held_out = [item for dataset in datasets.values() for item in dataset.items if item.held_out]
+    prompted = [dataset for kind, dataset in datasets.items() if kind != "pretraining"]
+    held_out = [item for dataset in prompted for item in dataset.items if item.held_out]
     keys = {item.key for item in held_out}
     groups = {item.group for item in held_out}
     for dataset in datasets.values():
@@ -235,8 +243,14 @@ def _remove_overlap(datasets: Mapping[Kind, _Dataset]) -> None:
         dataset.items = kept
 
 
+def _opening(record: Record) -> PromptText:
+    """What a record's part of the split goes by: its prompt, or all of a plain text."""
+    return record.text if isinstance(record, Document) else record.prompt
+
+
 def _derived_prompts(datasets: Mapping[Kind, _Dataset], data: DataSection) -> _Dataset:
     """The prompts of the other kinds' kept rows, each once, in the part where its row is."""
+    datasets = {kind: dataset for kind, dataset in datasets.items() if kind != "pretraining"}
     origin = " and ".join(f"data.{kind}" for kind in datasets)
     derived = _Dataset([], Tally("data.prompts", data), {"prompts of": origin})
     seen: dict[Any, str] = {}
@@ -245,6 +259,7 @@ def _derived_prompts(datasets: Mapping[Kind, _Dataset], data: DataSection) -> _D
             derived.tally.rows += 1
             derived.formats[item.format] = None
             record = item.record
+            assert not isinstance(record, Document)
             identity = _identity(record.prompt)
             if identity in seen:
                 first = seen[identity]
@@ -306,6 +321,6 @@ def _content(record: Record) -> list[Any]:
     """A record's values without its origin, as JSON."""
     values = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
     del values["origin"]
-    if not isinstance(record.prompt, str):
+    if not isinstance(record, Document) and not isinstance(record.prompt, str):
         values["prompt"] = [[turn.role, turn.content] for turn in record.prompt]
     return list(values.items())

@@ -8,14 +8,15 @@ from pipeline.data.conversations import last_reply
 from pipeline.data.formats import FORMATS, Format, Kind, Record, Row, first_column
 from pipeline.data.validate import check_ranking, nearest
 from pipeline.errors import ConfigError, DataError
-from pipeline.records import Demonstration, Prompt, Ranking
+from pipeline.records import Demonstration, Document, Prompt, Ranking
 
 # What each kind can be made from, the most fitting first: a preferred response demonstrates, and
-# every row has a prompt.
+# every row but plain text has a prompt.
 MADE_FROM: dict[Kind, tuple[Kind, ...]] = {
     "demonstrations": ("demonstrations", "rankings"),
     "rankings": ("rankings",),
     "prompts": ("prompts", "demonstrations", "rankings"),
+    "pretraining": ("pretraining",),
 }
 
 
@@ -170,6 +171,8 @@ def read_record(
     for names in row_format.needs:
         first_column(row, names)
     record = row_format.read(row, origin)
+    if isinstance(record, Document):
+        return record
     if isinstance(record, Ranking):
         check_ranking(record)
     if kind == "prompts":

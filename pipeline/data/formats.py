@@ -29,11 +29,18 @@ from pipeline.data.validate import (
     normalise,
     wrong_type,
 )
-from pipeline.records import Conversation, Demonstration, Prompt, PromptText, Ranking
+from pipeline.records import (
+    Conversation,
+    Demonstration,
+    Document,
+    Prompt,
+    PromptText,
+    Ranking,
+)
 
-Kind = Literal["demonstrations", "rankings", "prompts"]
+Kind = Literal["demonstrations", "rankings", "prompts", "pretraining"]
 Row = dict[str, Any]
-Record = Demonstration | Ranking | Prompt
+Record = Demonstration | Ranking | Prompt | Document
 
 COMPLETION_TEXTS = ("response", "text")
 COMPLETION_SCORES = ("overall_score", "score", "fine-grained_score")
@@ -339,5 +346,11 @@ FORMATS: dict[str, Format] = {
         matches=lambda row: _holds(row, "prompt") and _holds(row, "chosen", "rejected", of=str),
         read=_read_pairs,
         prompt_columns=("prompt",),
+    ),
+    "text": Format(
+        kind="pretraining",
+        needs=(("text",),),
+        matches=lambda row: _holds(row, "text", of=str),
+        read=lambda row, origin: Document(as_text(row["text"], "text"), origin),
     ),
 }

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.distributed.sharding import whole
+from pipeline.distributed.sharding import local, rows_like, whole
 from pipeline.distributed.training_tensors import restore_training_tensors, training_tensors
-from pipeline.saved_rows import Saved
+from pipeline.saved_rows import Saved, SavedRows
 
 if TYPE_CHECKING:
     from pipeline.distributed.runtime import Runtime
@@ -111,6 +111,25 @@ class Steps:
     def restore(self, tensors: Saved) -> None:
         """Go back to what `tensors` found, in this strategy or another."""
         restore_training_tensors(tensors, self.trained, self.optimiser)
+
+    def weights(self, name: str) -> dict[str, Any]:
+        """A group's weights by name: of each what is here, as in `tensors`."""
+        return dict(self._of_group(name))
+
+    @torch.no_grad()
+    def set_weights(self, rows: Mapping[str, Tensor]) -> None:
+        """Set weights by name, of each what is here."""
+        for name, parameter in self.trained:
+            if name in rows:
+                local(parameter).copy_(rows[name])
+
+    def own_rows(self, name: str, full: Tensor | SavedRows) -> Tensor:
+        """Of a tensor like the weight of that name, what is here of the weight."""
+        return rows_like(full, dict(self.trained)[name])
+
+    def _of_group(self, name: str) -> list[tuple[str, nn.Parameter]]:
+        own = {id(parameter) for parameter in self.groups[name]}
+        return [(name, parameter) for name, parameter in self.trained if id(parameter) in own]
 
     def close(self) -> None:
         """Training is over; handles on the module live on."""

@@ -9,7 +9,7 @@ the norm of a group of parameters before the step, and what each process has of 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -168,6 +168,24 @@ class ZeroSteps(Steps, ABC):
                 else:
                     self._piece(parameter, what).copy_(self._own(parameter, full))
         self._publish()
+
+    def weights(self, name: str) -> dict[str, Any]:
+        """A group's float32 weights by name: of each what is here."""
+        self._link()
+        return {name: Part(self._piece(parameter)) for name, parameter in self._of_group(name)}
+
+    @torch.no_grad()
+    def set_weights(self, rows: Mapping[str, Tensor]) -> None:
+        """Set float32 weights by name, of each what is here."""
+        self._link()
+        for name, parameter in self.trained:
+            if name in rows:
+                self._piece(parameter).copy_(rows[name])
+        self._publish()
+
+    def own_rows(self, name: str, full: Tensor | SavedRows) -> Tensor:
+        """Of a tensor like the weight of that name, what is here of the weight."""
+        return self._own(dict(self.trained)[name], full)
 
     def close(self) -> None:
         """Take the engine off the module: handles on it live on."""

@@ -50,7 +50,7 @@ from stages.export.classifier import Scoring
 from stages.export.forms import Form
 from stages.export.weights import plain, refuse_untying, refuse_vllm, write_merged
 
-KINDS = ("demonstrations", "rankings", "prompts")
+KINDS = ("demonstrations", "rankings", "prompts", "pretraining")
 
 
 class ExportStage:

@@ -47,6 +47,39 @@ class ReferenceSection(Section):
         return self.device != "auto" or self.dtype is not None
 
 
+class CurriculumSection(Section):
+    """Easy prompts first (Bengio et al. 2009, doi:10.1145/1553374.1553380)."""
+
+    column: str | None = Field(
+        None, description="Prompt column with a number, by which prompts open up; null: no order."
+    )
+    order: Literal["ascending", "descending"] = Field(
+        "ascending", description="Whether small or large numbers come first."
+    )
+    start_share: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.2, description="Share of the prompts, the first by that order, of the first iteration."
+    )
+    pacing: Literal["linear", "root"] = Field(
+        "linear",
+        description="How the share grows to 1: `linear`, or `root` of the iteration, early fast "
+        "(Platanios et al. 2019, arXiv:1903.09848).",
+    )
+    iterations: PositiveInt | None = Field(
+        None, description="Iteration from which on all prompts are open; null: half of them."
+    )
+
+    @model_validator(mode="after")
+    def _needs_a_column(self) -> "CurriculumSection":
+        without = self.model_dump(exclude={"column"}, exclude_defaults=True)
+        if self.column is None and without:
+            name, value = next(iter(without.items()))
+            raise ValueError(
+                f"ppo.curriculum.{name} = {value} has no effect without ppo.curriculum.column: "
+                "name the prompt column or remove it"
+            )
+        return self
+
+
 class StopSection(Section):
     """When the run has diverged, and what follows; the best policy is kept in any case."""
 
@@ -110,7 +143,15 @@ class PpoSection(Section):
         description="Policy of the artifact: the one of best held-out reward (the score after the "
         "missing-EOS rule), or the last.",
     )
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None,
+        description="Decay, an iteration, of an average of the policy's weights: held-out "
+        "evaluations and `keep` are then of the average, and the trained policy samples.",
+    )
     rollout: RolloutSection = Field(RolloutSection(), description="Sampling.")
+    curriculum: CurriculumSection = Field(
+        CurriculumSection(), description="Order of the prompts, from easy to hard."
+    )
     reference: ReferenceSection = Field(
         ReferenceSection(), description="Device and type of the reference, with `tuning: full`."
     )
@@ -179,6 +220,16 @@ class PpoSection(Section):
             raise ValueError(
                 f"ppo.optim.value_warmup_iterations = {warmup} leaves none of ppo.iterations = "
                 f"{self.iterations} to train the policy: lower it or raise ppo.iterations"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _curriculum_opens_in_time(self) -> "PpoSection":
+        asked = self.curriculum.iterations
+        if asked is not None and asked > self.iterations:
+            raise ValueError(
+                f"ppo.curriculum.iterations = {asked} is after the last of ppo.iterations = "
+                f"{self.iterations}, so that some prompts would never be asked: lower the first"
             )
         return self
 

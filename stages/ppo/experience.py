@@ -12,6 +12,7 @@ from stages.ppo.objective import (
     explained_variance,
     gae,
     kl_estimate,
+    length_adaptive_lambda,
     mean_variance,
     moments,
     token_rewards,
@@ -30,26 +31,48 @@ class Experience:
     advantages: Tensor
     returns: Tensor
     explained_variance: float  # of the returns, by the values before this iteration's update
+    mean_lambda: float  # of the policy's advantages, over responses
 
 
 def appraise(
-    rollout: Rollout, kl_coef: float, section: AdvantageSection, all_sum: AllSum
+    rollout: Rollout, kl_coef: float | Tensor, section: AdvantageSection, all_sum: AllSum
 ) -> Experience:
     """Token rewards, GAE and whitening with the moments of all processes' tokens.
 
-    Returns are advantages + values before whitening. `all_sum` adds a tensor up over processes.
+    `kl_coef` is one number, or one a response (B,). Returns are the advantages of the value's own
+    lambda + values, before whitening. `all_sum` adds a tensor up over processes.
     """
     mask = rollout.mask
     rewards = token_rewards(rollout.logprobs, rollout.ref_logprobs, rollout.rewards, mask, kl_coef)
     if section.whiten_rewards:
         rewards = whiten(rewards, mask, all_sum(moments(rewards, mask)), shift_mean=False)
-    advantages, returns = gae(rewards, rollout.values, mask, section.gamma, section.gae_lambda)
+    advantages, returns, mean_lambda = _decoupled_gae(rewards, rollout, section, all_sum)
     explained = explained_variance(
         all_sum(moments(returns - rollout.values, mask)), all_sum(moments(returns, mask))
     )
     if section.whiten:
         advantages = whiten(advantages, mask, all_sum(moments(advantages, mask)), shift_mean=True)
-    return Experience(rollout, advantages, returns, explained)
+    return Experience(rollout, advantages, returns, explained, mean_lambda)
+
+
+def _decoupled_gae(
+    rewards: Tensor, rollout: Rollout, section: AdvantageSection, all_sum: AllSum
+) -> tuple[Tensor, Tensor, float]:
+    """Advantages by the policy's lambda, returns by the value's (B, R), the former's mean."""
+    mask, values, gamma = rollout.mask, rollout.values, section.gamma
+    policy_lambda: float | Tensor = section.gae_lambda
+    mean_lambda = section.gae_lambda
+    if section.length_adaptive_alpha is not None:
+        lengths = rollout.batch.response_lengths
+        policy_lambda = length_adaptive_lambda(lengths, section.length_adaptive_alpha)
+        counted = torch.stack([policy_lambda, torch.ones_like(policy_lambda)])
+        total, responses = all_sum(counted.sum(1)).tolist()
+        mean_lambda = total / responses
+    advantages, returns = gae(rewards, values, mask, gamma, policy_lambda)
+    value_lambda = section.gae_lambda if section.value_lambda is None else section.value_lambda
+    if isinstance(policy_lambda, Tensor) or value_lambda != policy_lambda:
+        _, returns = gae(rewards, values, mask, gamma, value_lambda)
+    return advantages, returns, mean_lambda
 
 
 def rollout_metrics(

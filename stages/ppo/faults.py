@@ -10,6 +10,7 @@ from pipeline.not_finite import NotFinite, Row
 from pipeline.records import Prompt
 from stages.ppo.experience import Experience
 from stages.ppo.losses import SUMS
+from stages.ppo.ptx import LanguageModelTerm
 from stages.ppo.rollout import Rollout
 from stages.ppo.samples import sample_rows
 
@@ -133,14 +134,15 @@ def gradient_fault(name: str, norm: float, indices: Sequence[int], place: str) -
     )
 
 
-def demonstration_fault(
+def language_model_fault(
     losses: Tensor,
     parts: Sequence[Sequence[int]],
     pairs: Sequence[tuple[list[int], list[int]]],
     place: str,
+    term: LanguageModelTerm,
     codec: Codec,
 ) -> NotFinite:
-    """The error for the language-model term: `losses` has a number a part of `pairs`."""
+    """The error for a language-model term: `losses` has a number a part of `pairs`."""
     chosen = [
         pairs[row]
         for part in (~losses.isfinite()).nonzero().flatten().tolist()
@@ -148,8 +150,8 @@ def demonstration_fault(
     ]
     return NotFinite(
         "language-model loss",
-        "ppo: the language-model loss on demonstrations (ppo.optim.ptx_coef) is not finite in "
-        f"{place}; no step was taken. Lower ppo.optim.learning_rate, or look at the rows.",
+        f"ppo: the language-model loss on {term.data} (ppo.optim.{term.name}_coef) is not finite "
+        f"in {place}; no step was taken. Lower ppo.optim.learning_rate, or look at the rows.",
         [
             {"prompt": codec.tokenizer.decode(prompt), "response": codec.text(response)}
             for prompt, response in chosen

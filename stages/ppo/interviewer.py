@@ -10,9 +10,11 @@ from pipeline.not_finite import together
 from pipeline.records import Prompt
 from pipeline.rewards import RewardSource
 from pipeline.stage import Context
+from stages.ppo.curriculum import difficulties, open_order
 from stages.ppo.faults import refuse_not_finite, with_texts
+from stages.ppo.kl import datasets
 from stages.ppo.models import Models
-from stages.ppo.rollout import HELD_OUT_STREAM, TRAINING_STREAM, PromptOrder, Rollout, collect
+from stages.ppo.rollout import HELD_OUT_STREAM, TRAINING_STREAM, Rollout, collect
 
 
 class Interviewer:
@@ -25,7 +27,7 @@ class Interviewer:
         self.models, self.rewards = models, rewards
         prompts = context.corpus.prompts
         self.held_out = prompts.held_out[: section.held_out.num_prompts]
-        self.order = PromptOrder(prompts.train, context.runtime.seed("prompts"))
+        self.order = open_order(prompts.train, context.runtime.seed("prompts"), section)
         self.prompt_ids = cache(models.policy.codec.prompt_ids)
         self.cuts = self._tokenise_prompts(context)
         self.engine = open_engine(
@@ -92,6 +94,7 @@ class Interviewer:
                 seed=self.runtime.seed(seed),
                 stream=stream,
                 reward_clip=self.section.advantage.reward_clip,
+                reference_length=self.section.advantage.reference_length,
                 agree=agree,
             )
             agree(lambda: refuse_not_finite(rollout))
@@ -106,7 +109,8 @@ def check_prompts(context: Context) -> None:
     """Hold the run's prompts to what PPO needs of them, before any model is opened.
 
     Raises:
-        DataError: no prompts to train on, none held out, or fewer than processes.
+        DataError: no prompts to train on, none held out, or fewer than processes; a prompt lacks a
+            column that the section names.
     """
     section, world_size = context.config.ppo, context.runtime.world_size
     prompts = context.corpus.prompts
@@ -124,3 +128,6 @@ def check_prompts(context: Context) -> None:
             f"iteration and {len(held_out)} held out: raise "
             "ppo.rollout.prompts_per_iteration or ppo.held_out.num_prompts, or start fewer"
         )
+    if section.curriculum.column is not None:
+        difficulties(prompts.train, section.curriculum.column)
+    datasets((*prompts.train, *held_out), section.kl)

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pipeline.config import (
     NOT_IN_KEY,
@@ -33,6 +33,35 @@ class KlSection(Section):
     estimator: Literal["k1", "k2", "k3"] = Field(
         "k1", description="Estimator of the logged KL; the penalty itself always uses k1."
     )
+    column: str | None = Field(
+        None,
+        description="Prompt column that names a prompt's dataset: score, KL and coefficient are "
+        "logged for each of its values, and `adaptive` steers each of them apart.",
+    )
+    coefs: dict[str, NonNegative] = Field(
+        default_factory=dict,
+        description="By value of `column`: the weight of the KL penalty, instead of `ppo.kl_coef`.",
+    )
+    targets: dict[str, Positive] = Field(
+        default_factory=dict,
+        description="By value of `column`: what `adaptive` aims at, instead of `target`.",
+    )
+
+    @model_validator(mode="after")
+    def _values_are_those_of_a_column(self) -> "KlSection":
+        for name in ("coefs", "targets"):
+            given = getattr(self, name)
+            if given and self.column is None:
+                raise ValueError(
+                    f"ppo.kl.{name} = {given} is by the values of a prompt column, but "
+                    f"ppo.kl.column is not set: name the column or remove ppo.kl.{name}"
+                )
+        if self.targets and self.controller == "fixed":
+            raise ValueError(
+                f"ppo.kl.targets = {self.targets} has no effect with ppo.kl.controller = fixed: "
+                "set it to adaptive or remove ppo.kl.targets"
+            )
+        return self
 
 
 class AdvantageSection(Section):
@@ -40,6 +69,16 @@ class AdvantageSection(Section):
 
     gamma: Fraction = Field(1.0, description="Discount a token.")
     gae_lambda: Fraction = Field(0.95, description="Lambda of generalised advantage estimation.")
+    value_lambda: Fraction | None = Field(
+        None,
+        description="Lambda of the value model's returns (decoupled GAE; 1 is the Monte Carlo "
+        "return); null is `gae_lambda`.",
+    )
+    length_adaptive_alpha: Positive | None = Field(
+        None,
+        description="Lambda of the policy's advantages is 1 - 1 / (alpha x tokens of the response) "
+        "instead of `gae_lambda` (VAPO has 0.05); null keeps it the same for all.",
+    )
     whiten: bool = Field(
         True, description="Whiten advantages over all response tokens of the iteration."
     )
@@ -48,6 +87,11 @@ class AdvantageSection(Section):
     )
     reward_clip: Positive | None = Field(
         None, description="Scores are clipped to plus and minus this before the KL penalty."
+    )
+    reference_length: Positive | None = Field(
+        None,
+        description="Length-normalised scores: each times this / the tokens of its response, "
+        "before missing-EOS rule and clipping; null leaves scores as they are.",
     )
 
 
@@ -88,7 +132,22 @@ class PpoOptimSection(OptimSection):
     entropy_coef: NonNegative = Field(0.0, description="Weight of the entropy bonus.")
     ptx_coef: NonNegative = Field(
         0.0,
-        description="Weight of the language-model loss on demonstrations (InstructGPT's PPO-ptx).",
+        description="Weight of the language-model loss on demonstrations (InstructGPT's PPO-ptx), "
+        "in mean nats a token.",
+    )
+    ptx_rows: PositiveInt | None = Field(
+        None,
+        description="Demonstrations an optimiser step draws; null: as many as it has rollouts.",
+    )
+    pretraining_coef: NonNegative = Field(
+        0.0,
+        description="Weight of the language-model loss on `data.pretraining`, in mean nats a "
+        "token.",
+    )
+    pretraining_rows: PositiveInt | None = Field(
+        None,
+        description="Chunks of pretraining text an optimiser step draws (InstructGPT: 8 times its "
+        "rollouts); null: as many as it has rollouts.",
     )
     target_kl: Positive | None = Field(
         None, description="Approximate KL, in nats a token, above which an iteration stops early."
@@ -98,3 +157,14 @@ class PpoOptimSection(OptimSection):
         description="First iterations that train the value model only. A new value head starts at "
         "zero and needs none.",
     )
+
+    @model_validator(mode="after")
+    def _rows_have_a_weight(self) -> "PpoOptimSection":
+        for name in ("ptx", "pretraining"):
+            rows = getattr(self, f"{name}_rows")
+            if rows is not None and not getattr(self, f"{name}_coef"):
+                raise ValueError(
+                    f"ppo.optim.{name}_rows = {rows} has no effect with ppo.optim.{name}_coef = 0: "
+                    "set a weight or remove it"
+                )
+        return self

@@ -7,7 +7,8 @@ do not depend on micro-batches, padding or world size.
 
 Sources: PPO (Schulman et al. 2017, arXiv:1707.06347), GAE (Schulman et al. 2015, arXiv:1506.02438),
 PPO for language models (Ziegler et al. 2019, arXiv:1909.08593), dual clip (Ye et al. 2020,
-arXiv:1912.09729), k1/k2/k3 (Schulman 2020, http://joschu.net/blog/kl-approx.html).
+arXiv:1912.09729), decoupled and length-adaptive GAE (VC-PPO, arXiv:2503.01491; VAPO,
+arXiv:2504.05118), k1/k2/k3 (Schulman 2020, http://joschu.net/blog/kl-approx.html).
 """
 
 from typing import Literal, NamedTuple
@@ -37,6 +38,15 @@ def kl_estimate(logprobs_bt: Tensor, ref_logprobs_bt: Tensor, estimator: KlEstim
     return torch.expm1(-difference_bt.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)) + difference_bt
 
 
+def length_normalised(scores_b: Tensor, lengths_b: Tensor, reference_length: float) -> Tensor:
+    """Scores (B,) times reference_length / length, of responses of `lengths_b` (B,) tokens.
+
+    A response of the reference length keeps its score, so that the scale of scores against the KL
+    penalty stays; 1 gives the score a token.
+    """
+    return scores_b * (reference_length / lengths_b.to(scores_b.dtype))
+
+
 def final_scores(
     scores_b: Tensor,
     ended_b: Tensor,
@@ -57,10 +67,20 @@ def final_scores(
 
 
 def token_rewards(
-    logprobs_bt: Tensor, ref_logprobs_bt: Tensor, scores_b: Tensor, mask_bt: Tensor, kl_coef: float
+    logprobs_bt: Tensor,
+    ref_logprobs_bt: Tensor,
+    scores_b: Tensor,
+    mask_bt: Tensor,
+    kl_coef: float | Tensor,
 ) -> Tensor:
-    """Rewards (B, T): -kl_coef (logp - logp_ref) on every token, the score on the last real one."""
-    penalty_bt = -kl_coef * kl_estimate(logprobs_bt, ref_logprobs_bt, "k1")
+    """Rewards (B, T): -kl_coef (logp - logp_ref) on every token, the score on the last real one.
+
+    `kl_coef` is one number, or one a response (B,).
+    """
+    k1_bt = kl_estimate(logprobs_bt, ref_logprobs_bt, "k1")
+    if isinstance(kl_coef, Tensor):
+        kl_coef = kl_coef.to(k1_bt.dtype).unsqueeze(1)
+    penalty_bt = -kl_coef * k1_bt
     rewards_bt = penalty_bt.masked_fill(~mask_bt, 0.0)
     return rewards_bt + widen(scores_b).unsqueeze(1) * last_token(mask_bt)
 
@@ -71,17 +91,32 @@ def last_token(mask_bt: Tensor) -> Tensor:
     return mask_bt & ~following_bt
 
 
+def length_adaptive_lambda(lengths_b: Tensor, alpha: float) -> Tensor:
+    """1 - 1 / (alpha l) (B,), float64, for responses of l tokens (VAPO, sec. 4.2); never below 0.
+
+    The weights lambda^k of a long response's errors then add up to alpha l: a fixed lambda of 0.95
+    sees 20 tokens of a response, however long it is.
+    """
+    return (1.0 - 1.0 / (alpha * lengths_b.double())).clamp(min=0.0)
+
+
 def gae(
-    rewards_bt: Tensor, values_bt: Tensor, mask_bt: Tensor, gamma: float, gae_lambda: float
+    rewards_bt: Tensor,
+    values_bt: Tensor,
+    mask_bt: Tensor,
+    gamma: float,
+    gae_lambda: float | Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Advantages and returns (B, T), 0 outside the mask (GAE, eqs. 11 and 16).
 
     delta_t = r_t + gamma V_{t+1} - V_t, A_t = delta_t + gamma lambda A_{t+1}, with V and A 0 after
     a response's end; returns are A + V, before any whitening. V_t is the value of the state before
-    response token t. No gradient flows through.
+    response token t. `gae_lambda` is one number, or one a response (B,). No gradient flows through.
     """
     rewards_bt = widen(rewards_bt.detach()).masked_fill(~mask_bt, 0.0)
     values_bt = widen(values_bt.detach()).masked_fill(~mask_bt, 0.0)
+    if isinstance(gae_lambda, Tensor):
+        gae_lambda = gae_lambda.to(values_bt.dtype)
     advantages_bt = torch.zeros_like(values_bt)
     next_value_b = next_advantage_b = torch.zeros_like(values_bt[:, 0])
     for t in reversed(range(values_bt.shape[1])):

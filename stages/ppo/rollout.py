@@ -19,7 +19,7 @@ from pipeline.inference import infer
 from pipeline.models.trunk import Handle
 from pipeline.records import Prompt
 from pipeline.rewards import Completions, RewardSource, measured
-from stages.ppo.objective import final_scores, importance_weights
+from stages.ppo.objective import final_scores, importance_weights, length_normalised
 from stages.ppo.rollout_config import RolloutSection
 
 TRAINING_STREAM, HELD_OUT_STREAM = 0, 1
@@ -41,7 +41,7 @@ class Rollout:
     texts: list[str]
     ended: Tensor  # (B,) bool: the policy ended it, not the limit
     scores: Tensor  # (B,) as the reward source gave them, or their weighted sum of several
-    rewards: Tensor  # (B,) after the missing-EOS rule and clipping
+    rewards: Tensor  # (B,) after length normalisation, the missing-EOS rule and clipping
     logprobs: Tensor  # (B, R) of the policy that sampled
     ref_logprobs: Tensor  # (B, R)
     entropy: Tensor  # (B, R)
@@ -80,18 +80,28 @@ class PromptOrder:
         """
         prompts: list[Prompt] = []
         indices: list[int] = []
-        per_prompt = section.responses_per_prompt
-        first = iteration * section.prompts_per_iteration
-        for position in range(first + rank, first + section.prompts_per_iteration, world_size):
-            epoch, place = divmod(position, len(self.prompts))
-            prompts += [self.prompts[int(self._order(epoch)[place])]] * per_prompt
+        per_prompt, count = section.responses_per_prompt, section.prompts_per_iteration
+        places = self.places(iteration, count)
+        for own in range(rank, count, world_size):
+            position = iteration * count + own
+            prompts += [self.prompts[places[own]]] * per_prompt
             indices += range(position * per_prompt, (position + 1) * per_prompt)
         return prompts, indices
 
+    def places(self, iteration: int, count: int) -> list[int]:
+        """Which prompts an iteration of `count` asks, over all ranks, in order."""
+        positions = (divmod(iteration * count + i, len(self.prompts)) for i in range(count))
+        return [int(self._order(epoch)[place]) for epoch, place in positions]
+
     def asked(self, iterations: int, section: RolloutSection) -> list[Prompt]:
         """The prompts that this many iterations ask, over all ranks, each of them once."""
-        count = iterations * section.prompts_per_iteration
-        return [self.prompts[int(place)] for place in self._order(0)[:count]]
+        count = section.prompts_per_iteration
+        every = (place for i in range(iterations) for place in self.places(i, count))
+        return [self.prompts[place] for place in dict.fromkeys(every)]
+
+    def metrics(self, iteration: int) -> dict[str, float]:
+        """What is to be logged of the order in an iteration, counted from 0."""
+        return {}
 
     def _order(self, epoch: int) -> np.ndarray:
         if epoch != self._epoch:
@@ -114,6 +124,7 @@ def collect(
     seed: int,
     stream: int = TRAINING_STREAM,
     reward_clip: float | None = None,
+    reference_length: float | None = None,
     agree: Agree = alone,
 ) -> Rollout:
     """Sample one response a prompt (`prompt_ids` are its tokens) and measure it.
@@ -144,7 +155,9 @@ def collect(
     ended = torch.tensor(sampled.ended)
     dtype = own["logprobs"].dtype
     scored = agree(lambda: measured(rewards, completions))
-    scores = torch.tensor(scored.total, dtype=dtype)
+    scores = judged = torch.tensor(scored.total, dtype=dtype)
+    if reference_length is not None:
+        judged = length_normalised(scores, batch.response_lengths, reference_length)
     ref_logprobs = infer(
         reference, batch, ["logprobs"], section.micro_batch_tokens, section.temperature
     )["logprobs"]
@@ -156,7 +169,7 @@ def collect(
         ended=ended,
         scores=scores,
         rewards=final_scores(
-            scores, ended, section.missing_eos, section.missing_eos_penalty, reward_clip
+            judged, ended, section.missing_eos, section.missing_eos_penalty, reward_clip
         ),
         ref_logprobs=ref_logprobs.to(dtype),
         source_scores={n: torch.tensor(x, dtype=dtype) for n, x in scored.by_source.items()},

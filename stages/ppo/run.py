@@ -2,7 +2,8 @@
 
 The InstructGPT recipe (arXiv:2203.02155, sec. 3.5 and app. C.4): sample, score, penalise each token
 by its log-ratio to the frozen start policy, GAE with a value model that starts as the reward model,
-clipped policy and value losses; InstructGPT's language-model term is `ppo.optim.ptx_coef`.
+clipped policy and value losses; InstructGPT's language-model term is `ppo.optim.pretraining_coef`,
+its like for demonstrations `ptx_coef`. What else can be added is in docs/ppo-options.md.
 Deliberate deviations: losses are divided by the global count of response tokens, not averaged over
 sequences; gradients of policy and value model are clipped apart; a step of the learning-rate
 schedule is an iteration.
@@ -12,10 +13,11 @@ schedule is an iteration.
 
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 from pipeline.config import named_resources
-from pipeline.errors import DataError, TrainingError
+from pipeline.errors import TrainingError
 from pipeline.interruption import Interruption
 from pipeline.models.footprint import measure_at_first_step
 from pipeline.models.store import find_artifact
@@ -27,14 +29,17 @@ from pipeline.stage import Context, Summary
 from stages.ppo import state
 from stages.ppo.actor_critic import ActorCritic
 from stages.ppo.checkpoints import Checkpoints
-from stages.ppo.controllers import AdaptiveKl, FixedKl, KlController, StopRules
+from stages.ppo.controllers import StopRules
+from stages.ppo.ema import PolicyAverage
 from stages.ppo.experience import Experience, appraise, rollout_metrics
 from stages.ppo.faults import with_samples
 from stages.ppo.interviewer import Interviewer, check_prompts
+from stages.ppo.kl import KlControl, datasets
 from stages.ppo.models import build_models, open_rewards, open_start
+from stages.ppo.ptx import language_model_terms
 from stages.ppo.rollout import Rollout
 from stages.ppo.samples import FixedTexts, SampleFiles
-from stages.ppo.update import Ragged, Updater, update_metrics
+from stages.ppo.update import Updater, update_metrics
 
 HELD_OUT_METRICS = ("score", "reward", "kl", "response_tokens", "eos_rate")
 
@@ -51,8 +56,10 @@ class PpoStage:
         return (*sft, "reward") if uses_own(config.ppo.rewards) else sft
 
     def reads(self, config: Any) -> tuple[str, ...]:
-        """Prompts, and demonstrations for the language-model term."""
-        return ("prompts", "demonstrations") if config.ppo.optim.ptx_coef else ("prompts",)
+        """Prompts, and what language-model terms draw from."""
+        optim = config.ppo.optim
+        terms = {"demonstrations": optim.ptx_coef, "pretraining": optim.pretraining_coef}
+        return ("prompts", *(kind for kind, coef in terms.items() if coef))
 
     def resources(self, config: Any) -> Mapping[str, str]:
         """The policy and rewards that the config names."""
@@ -96,15 +103,17 @@ class Training:
             runtime,
             iterations=section.iterations,
             temperature=section.rollout.temperature,
-            demonstrations=self._demonstrations(),
+            terms=language_model_terms(section.optim, context.corpus, self.models.policy.codec),
         )
+        self.average: PolicyAverage | None = None
+        if section.ema_decay is not None:
+            self.average = PolicyAverage(self.updater.steps, section.ema_decay)
         if runtime.is_main:
             roles = self.models.roles(self.rewards)
             optimiser = self.updater.steps.optimiser
             measure_at_first_step(optimiser, roles, context.folder.memory_json)
-        self.kl: KlController = FixedKl(section.kl_coef)
-        if section.kl.controller == "adaptive":
-            self.kl = AdaptiveKl(section.kl_coef, section.kl.target, section.kl.horizon)
+        prompts = (*context.corpus.prompts.train, *self.interviewer.held_out)
+        self.kl = KlControl(section, datasets(prompts, section.kl))
         self.stop_rules = StopRules(**section.stop.rules)
         self.set_rollbacks(0)
         self.sampled = 0  # the last iteration whose rollouts are made
@@ -182,7 +191,8 @@ class Training:
         rollout = self.collect(iteration)
         self.sampled = iteration
         clock.append(time.perf_counter())
-        experience = appraise(rollout, self.kl.coef, self.section.advantage, self.runtime.all_sum)
+        coefs = self.kl.coefs(rollout.prompts)
+        experience = appraise(rollout, coefs, self.section.advantage, self.runtime.all_sum)
         metrics = self.update(experience, iteration)
         clock.append(time.perf_counter())
         metrics |= {"seconds_collect": clock[1] - clock[0], "seconds_update": clock[2] - clock[1]}
@@ -237,7 +247,11 @@ class Training:
             self.section.rollout.importance_cap,
         )
         metrics["explained_variance"] = experience.explained_variance
-        metrics["kl_coef"] = self.kl.coef
+        metrics |= self.kl.measured(experience.rollout, self.runtime.all_sum)
+        metrics |= self.kl.metrics(metrics)
+        if self.section.advantage.length_adaptive_alpha is not None:
+            metrics["gae_lambda"] = experience.mean_lambda
+        metrics |= self.interviewer.order.metrics(iteration - 1)
         if self.section.stop.action == "roll_back":
             metrics["rollbacks"] = float(self.rollbacks)
         try:
@@ -246,7 +260,9 @@ class Training:
             codec = self.models.policy.codec
             raise with_samples(error, experience, iteration, codec) from error
         if warm:
-            self.kl.update(metrics["kl"], self.section.rollout.num_rollouts)
+            self.kl.update(metrics, self.section.rollout.num_rollouts)
+            if self.average is not None:
+                self.average.update()
         return metrics | update_metrics(steps) | self.updater.learning_rates()
 
     def stop_reason(self, metrics: Mapping[str, float]) -> str | None:
@@ -255,14 +271,20 @@ class Training:
         return self.stop_rules.check(**{name: metrics[name] for name in names})
 
     def evaluate(self, iteration: int) -> dict[str, float]:
-        """Score held-out prompts with the same noise each time; keep the policy if it is best."""
-        rollout = self.interviewer.held_out_answers(iteration)
+        """Score held-out prompts with the same noise each time; keep the policy if it is best.
+
+        With `ppo.ema_decay` the policy that is scored and kept is the average.
+        """
+        all_sum = self.runtime.all_sum
+        with nullcontext() if self.average is None else self.average.in_place():
+            rollout = self.interviewer.held_out_answers(iteration)
+            metrics = rollout_metrics(rollout, self.section.kl, all_sum)
+            self.checkpoints.offer(iteration, metrics["reward"])
         if self.runtime.is_main:
             self.texts.write(rollout, iteration)
-        metrics = rollout_metrics(rollout, self.section.kl, self.runtime.all_sum)
-        self.checkpoints.offer(iteration, metrics["reward"])
-        sources = [name for name in metrics if name.startswith("scores/")]
-        return {f"held_out_{name}": metrics[name] for name in (*HELD_OUT_METRICS, *sources)}
+        names = [name for name in metrics if name in HELD_OUT_METRICS or name.startswith("scores/")]
+        found = {name: metrics[name] for name in names} | self.kl.measured(rollout, all_sum)
+        return {f"held_out_{name}": value for name, value in found.items()}
 
     def log(
         self, experience: Experience, metrics: dict[str, float], iteration: int, *, last: bool
@@ -281,6 +303,8 @@ class Training:
     def finish(self, reached: state.Reached, stopped: str | None) -> Summary:
         """Leave the chosen policy as the artifact, hand the trunk on, return key numbers."""
         iteration, started, ended = reached
+        if self.average is not None:
+            self.average.become()
         self.updater.close()
         self.models.policy.trunk.freeze()
         self.models.release_value()
@@ -299,20 +323,6 @@ class Training:
             **({"stopped": stopped} if stopped else {}),
             **self.interviewer.cuts,
         }
-
-    # --- parts ---
-
-    def _demonstrations(self) -> list[Ragged]:
-        if not self.section.optim.ptx_coef:
-            return []
-        rows = self.context.corpus.demonstrations.train
-        if not rows:
-            raise DataError(
-                f"ppo.optim.ptx_coef is {self.section.optim.ptx_coef:g} but data.demonstrations "
-                "has no training rows: name demonstrations or set ppo.optim.ptx_coef to 0"
-            )
-        codec = self.models.policy.codec
-        return [codec.pair_ids(row.prompt, row.response) for row in rows]
 
 
 def _bar_numbers(metrics: Mapping[str, float]) -> str:

@@ -25,7 +25,7 @@ SCHEMA = pa.schema(
         ("response", pa.string()),
         ("ended", pa.bool_()),
         ("score", pa.float32()),  # as the reward source gave it, or the sum of several
-        ("reward", pa.float32()),  # after the missing-EOS rule and clipping
+        ("reward", pa.float32()),  # after length, missing-EOS rule and clipping
         ("kl", pa.float32()),  # k1 sum of the response, in nats
         ("prompt_ids", pa.list_(pa.int32())),
         ("response_ids", pa.list_(pa.int32())),

@@ -35,7 +35,7 @@ def save(training: "Training", reached: Reached) -> None:
     numbers = {
         "started": dict(reached.started),
         "ended": dict(reached.ended),
-        "kl_coef": training.kl.coef,
+        "kl_coef": training.kl.state(),
         "stop_rules": {name: asdict(training.stop_rules)[name] for name in ("first", "broken")},
         "rollbacks": training.rollbacks,
         "best": training.checkpoints.best,
@@ -45,7 +45,10 @@ def save(training: "Training", reached: Reached) -> None:
     own: dict[str, Any] = {**random.numbers}
     if training.samples is not None:
         own["samples"] = training.samples.state()
-    run = State(training.updater.state(), numbers)
+    tensors = training.updater.state()
+    if training.average is not None:
+        tensors |= training.average.state()
+    run = State(tensors, numbers)
     states.save(reached.iteration, run, State(random.tensors, own))
     training.checkpoints.belong_to_state()
 
@@ -64,7 +67,9 @@ def restore(training: "Training") -> Reached | None:
         return None
     numbers = found.run.numbers
     training.updater.restore(found.run.tensors)
-    training.kl.coef = numbers["kl_coef"]
+    if training.average is not None:
+        training.average.restore(found.run.tensors)
+    training.kl.restore(numbers["kl_coef"])
     for name, value in numbers["stop_rules"].items():
         setattr(training.stop_rules, name, value)
     training.set_rollbacks(numbers["rollbacks"])

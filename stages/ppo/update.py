@@ -8,7 +8,7 @@ apart: a large value error never shrinks the policy's step.
 
 import math
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any
 
@@ -24,11 +24,12 @@ from pipeline.tensors import masked_sum
 from stages.ppo.actor_critic import ActorCritic
 from stages.ppo.controllers import schedule_factor
 from stages.ppo.experience import Experience
-from stages.ppo.faults import demonstration_fault, gradient_fault, loss_fault
+from stages.ppo.faults import gradient_fault, language_model_fault, loss_fault
 from stages.ppo.learning_config import PpoOptimSection
 from stages.ppo.losses import SUMS, losses, together
+from stages.ppo.ptx import LanguageModelTerm, Ragged
 
-Ragged = tuple[list[int], list[int]]  # prompt ids, response ids
+Drawn = list[tuple[LanguageModelTerm, list[Ragged]]]
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,10 @@ class Step:
     tokens: float
     sums: dict[str, float]  # SUMS
     ratio_max: float
-    grad_norms: dict[str, float]  # before clipping; empty where target_kl prevented the step
+    # Before clipping; empty where target_kl prevented the step.
+    grad_norms: dict[str, float] = field(default_factory=dict)
+    # Of each language-model term its negative log-likelihood, in nats, and its global tokens.
+    language: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def mean(self, name: str) -> float:
         """One of SUMS, per token."""
@@ -56,13 +60,13 @@ class Updater:
         *,
         iterations: int,
         temperature: float,
-        demonstrations: Sequence[Ragged] = (),
+        terms: Sequence[LanguageModelTerm] = (),
     ) -> None:
         self.section = section
         self.runtime = runtime
         self.iterations = iterations
         self.temperature = temperature
-        self.demonstrations = demonstrations
+        self.terms = terms
         self.codec = actor_critic.policy.codec
         self.pad_id = self.codec.pad_id
         trunk = actor_critic.policy.trunk
@@ -90,8 +94,8 @@ class Updater:
             weight_decay=section.weight_decay,
             fused=True,
         )
-        # While the value warms up, and in the language-model term, one of the two models rests.
-        skips_some = bool(section.value_warmup_iterations or demonstrations)
+        # While the value warms up, and in language-model terms, one of the two models rests.
+        skips_some = bool(section.value_warmup_iterations or terms)
         self.steps = runtime.prepare(actor_critic, optimiser, skips_some=skips_some)
         self.takes_one_pass = actor_critic.shared or self.steps.takes_one_pass
 
@@ -121,16 +125,16 @@ class Updater:
             minibatches = self._minibatches(experience, iteration, epoch)
             for number, (rows, count) in enumerate(minibatches):
                 place = f"iteration {iteration}, epoch {epoch}, minibatch {number}"
-                drawn = self._draw_demonstrations(count, iteration, epoch, number)
-                tokens, sums, ratio_max = self._gradients(
-                    experience, rows, drawn if train_policy else None, train_policy, place
-                )
-                approx_kl = sums["approx_kl"] / tokens
+                drawn: Drawn = [
+                    (term, term.draw(count, self.runtime, iteration, epoch, number))
+                    for term in (self.terms if train_policy else ())
+                ]
+                step = self._gradients(experience, rows, drawn, train_policy, place)
                 target = self.section.target_kl
-                if target is not None and approx_kl > target:
-                    return [*steps, Step(tokens, sums, ratio_max, {})]
+                if target is not None and step.mean("approx_kl") > target:
+                    return [*steps, step]
                 norms = self._step(train_policy, place, experience, rows)
-                steps.append(Step(tokens, sums, ratio_max, norms))
+                steps.append(replace(step, grad_norms=norms))
         return steps
 
     def state(self) -> dict[str, Any]:
@@ -173,22 +177,20 @@ class Updater:
         self,
         experience: Experience,
         rows: list[int],
-        demonstrations: list[Ragged] | None,
+        drawn: Drawn,
         train_policy: bool,
         place: str,
-    ) -> tuple[float, dict[str, float], float]:
-        """Gradients of one step, in smaller micro-batches if memory runs out: the same step.
+    ) -> Step:
+        """Gradients of one step, in smaller micro-batches if memory runs out: the same step."""
 
-        Returns what `_accumulate` returns.
-        """
-
-        def attempt(tokens: int) -> tuple[float, dict[str, float], float]:
+        def attempt(tokens: int) -> Step:
             self.micro_batch_tokens = tokens
             self.steps.begin(["policy", "value"] if train_policy else ["value"])
             found = self._accumulate(experience, rows, train_policy, place)
-            if demonstrations is not None:
-                self._accumulate_demonstrations(demonstrations, place)
-            return found
+            language = {
+                term.name: self._accumulate_language(term, pairs, place) for term, pairs in drawn
+            }
+            return replace(found, language=language)
 
         remedy = (
             f"ppo: {place} does not fit. Lower ppo.optim.micro_batch_tokens "
@@ -208,8 +210,8 @@ class Updater:
 
     def _accumulate(
         self, experience: Experience, rows: list[int], train_policy: bool, place: str
-    ) -> tuple[float, dict[str, float], float]:
-        """Gradients of one minibatch; its global token count, sums and largest ratio."""
+    ) -> Step:
+        """Gradients of one minibatch, and its statistics."""
         lengths = experience.rollout.batch.lengths
         local_tokens = experience.rollout.batch.response_lengths[rows].sum()
         tokens = float(self.runtime.all_sum(local_tokens))
@@ -236,7 +238,7 @@ class Updater:
         if not all(map(math.isfinite, [*totals, *ratios])):
             indices = [experience.rollout.sample_indices[row] for row in rows]
             raise loss_fault(stacked, parts, indices, place, self.runtime.gather_objects)
-        return tokens, dict(zip(SUMS, totals, strict=True)), max(ratios)
+        return Step(tokens, dict(zip(SUMS, totals, strict=True)), max(ratios))
 
     def _micro_batches(self, lengths: Sequence[int]) -> list[list[int]]:
         return micro_batches(lengths, self.micro_batch_tokens, packed=self.packs)
@@ -272,22 +274,16 @@ class Updater:
             out = self.steps.module(experience.rollout.batch.take(rows), want, self.temperature)
         return losses(self.section, experience, rows, out)
 
-    def _draw_demonstrations(
-        self, count: int, iteration: int, epoch: int, number: int
-    ) -> list[Ragged] | None:
-        """This process's share of as many demonstrations as the minibatch has rows."""
-        if not self.demonstrations:
-            return None
-        stream = [self.runtime.seed("ptx"), iteration, epoch, number]
-        drawn = np.random.default_rng(stream).integers(len(self.demonstrations), size=count)
-        return [self.demonstrations[drawn[i]] for i in self.runtime.share(count)]
-
-    def _accumulate_demonstrations(self, drawn: list[Ragged], place: str) -> None:
-        """Gradients of ptx_coef x mean NLL of drawn demonstrations (InstructGPT, eq. 2)."""
+    def _accumulate_language(
+        self, term: LanguageModelTerm, drawn: list[Ragged], place: str
+    ) -> tuple[float, float]:
+        """Gradients of a term's coef x mean NLL of what it drew; the NLL and its global tokens."""
         local_tokens = sum(len(response) for _, response in drawn)
         tokens = float(self.runtime.all_sum(torch.tensor(local_tokens)))
-        weight = self.section.ptx_coef / tokens if drawn else 0.0
-        prompts, responses = zip(*(drawn or self.demonstrations[:1]), strict=True)
+        weight = term.coef / tokens if drawn else 0.0
+        # A process that drew none takes its part in the reductions with a row that does not count.
+        pairs = drawn or term.pairs[:1]
+        prompts, responses = zip(*pairs, strict=True)
         batch = TokenBatch.from_ragged(prompts, responses, self.pad_id)
         parts = self._micro_batches(batch.lengths)
         losses: list[Tensor] = []
@@ -302,9 +298,10 @@ class Updater:
             if counts:
                 losses.append(loss.detach())
         found = torch.stack(losses)
-        if not math.isfinite(float(self.runtime.all_sum(found.sum()))):
-            pairs = drawn or self.demonstrations[:1]
-            raise demonstration_fault(found, parts, pairs, place, self.codec)
+        total = float(self.runtime.all_sum(found.sum() * bool(drawn)))
+        if not math.isfinite(total):
+            raise language_model_fault(found, parts, pairs, place, term, self.codec)
+        return total, tokens
 
     def _step(
         self, train_policy: bool, place: str, experience: Experience, rows: list[int]
@@ -332,6 +329,9 @@ def update_metrics(steps: Sequence[Step]) -> dict[str, float]:
     metrics = {name: sum(step.sums[name] for step in steps) / tokens for name in names}
     if policy_trained:
         metrics["ratio_max"] = max(step.ratio_max for step in steps)
+    for name in steps[0].language:
+        sums = [step.language[name] for step in steps]
+        metrics[f"{name}_loss"] = sum(nll for nll, _ in sums) / sum(count for _, count in sums)
     metrics["optimiser_steps"] = float(len(taken))
     for name in ("policy", "value"):
         norms = [step.grad_norms[name] for step in taken if name in step.grad_norms]

@@ -119,7 +119,7 @@ def test_the_strategy_is_the_one_that_was_asked_for(runs):
 )
 def test_killed_processes_go_on_as_if_they_had_not_been(tmp_path, rlhf, form, strategy, stage):
     two = make(tmp_path)[strategy]
-    form = [*FORMS[form], "ppo.checkpoint_every=1"]
+    form = [*FORMS[form], "ppo.checkpoint_every=1", "ppo.ema_decay=0.7"]
     for verb in ("sft", "reward"):
         made = rlhf(tmp_path, verb, "c.yaml", *form, "run.name=parents", *two)
         assert made.returncode == 0, made.stdout + made.stderr

@@ -46,6 +46,23 @@ def test_plain_text_round_trips_in_any_script(tokenizer):
         assert codec.text(ids) == text
 
 
+def test_chunks_predict_every_token_of_a_text_but_its_first_once(tokenizer):
+    codec = Codec(tokenizer, max_prompt_tokens=3, max_response_tokens=4)
+    text = "hello there, how are you today? 안녕하세요, 오늘은 어떠세요? How odd."
+    ids = tokenizer.encode(text)
+    assert len(ids) > 3 * 6
+    chunks = codec.chunks(text)
+    assert [token for _, rest in chunks for token in rest] == ids[1:]
+    # 7 tokens a chunk: one that is given, which the chunk before predicted, and six.
+    assert [(first, len(rest)) for first, rest in chunks[:-1]] == [
+        ([ids[6 * i]], 6) for i in range(len(chunks) - 1)
+    ]
+    assert chunks[-1][0] == [ids[6 * (len(chunks) - 1)]] and 1 <= len(chunks[-1][1]) <= 6
+    assert codec.chunks("") == [] and all(codec.end_id not in rest for _, rest in chunks)
+    # A special token that someone typed is text.
+    assert codec.end_id not in codec.chunks(f"hello {tokenizer.eos_token}")[-1][1]
+
+
 def test_a_response_at_the_limit_is_cut_without_an_end(tokenizer):
     codec = Codec(tokenizer, max_response_tokens=4)
     ids = codec.response_ids("hello there, how are you today?")

@@ -188,6 +188,28 @@ def test_without_prompts_they_are_those_of_the_other_kinds_each_once(tmp_path):
     assert load_corpus(mixed, ["prompts"]).report["prompts"]["left_out"][REPEATED]["count"] == 1
 
 
+def test_plain_text_is_split_by_itself_and_gives_no_prompts(tmp_path):
+    path = write(tmp_path / "t.jsonl", [{"text": p} for p in PROMPTS])
+    ranked = write(tmp_path / "r.jsonl", [dict(row, doc=1) for row in pairs(PROMPTS[:9])])
+    data = DataSection(rankings=ranked, pretraining=path, on_bad_row="refuse")
+    corpus = load_corpus(data, ["prompts", "pretraining"])
+    held_out = expected_held_out(PROMPTS)
+    kept = corpus.pretraining
+    assert [d.text for d in kept.held_out] == [p for p in PROMPTS if p in held_out]
+    assert [d.text for d in kept.train] == [p for p in PROMPTS if p not in held_out]
+    assert len(corpus.prompts.train + corpus.prompts.held_out) == 9
+    assert balanced(corpus.report["pretraining"])
+    # It is read where it is asked for, needs no group, and holds nothing else out.
+    alone = load_corpus(data, ["prompts"])
+    assert "pretraining" not in alone.report and alone.prompts == corpus.prompts
+    own = {"path": path, "held_out_path": write(tmp_path / "h.jsonl", [{"text": PROMPTS[0]}])}
+    data = DataSection(rankings=ranked, pretraining=own, group_column="doc", held_out_fraction=1e-9)
+    corpus = load_corpus(data, ["rankings", "pretraining"])
+    assert PROMPTS[0] in texts(corpus.rankings.train)
+    with pytest.raises(DataError, match="no prompts: set"):
+        load_corpus(DataSection(pretraining=path), ["prompts"])
+
+
 def test_kinds_that_are_not_set(tmp_path):
     data = DataSection(rankings=write(tmp_path / "r.jsonl", pairs(PROMPTS)))
     with pytest.raises(DataError, match=r"data\.demonstrations is not set"):

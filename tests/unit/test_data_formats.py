@@ -8,9 +8,9 @@ import pytest
 
 from pipeline.data.detect import choose_format, formats_for, read_record
 from pipeline.data.formats import FORMATS
-from pipeline.data.validate import check_row, dense_ranks
+from pipeline.data.validate import RowFault, check_row, dense_ranks
 from pipeline.errors import ConfigError, DataError
-from pipeline.records import Demonstration, Message, Prompt, Ranking
+from pipeline.records import Demonstration, Document, Message, Prompt, Ranking
 
 DOCS = Path(__file__).parents[2] / "docs" / "data-formats.md"
 USER, REPLY = {"role": "user", "content": "안녕?"}, {"role": "assistant", "content": "반가워요 🙂"}
@@ -195,14 +195,28 @@ def test_the_examples_of_the_documentation_are_what_they_say():
         for line in rows.splitlines():
             row, kind = json.loads(line), FORMATS[name].kind
             assert choose_format([("f:1", row)], kind, "auto", "data", "f") == name
-            assert read(row, kind).prompt
+            record = read(row, kind)
+            assert record.text if isinstance(record, Document) else record.prompt
 
 
 def test_auto_order_is_the_documented_one():
     lines = re.findall(r"^\| `(\w+)` \| (`.+)\|", DOCS.read_text(encoding="utf-8"), re.MULTILINE)
-    for kind, names in lines[:3]:
+    for kind, names in lines[:4]:
         listed = re.findall(r"`(\w+)`", names)
         assert formats_for(kind)[: len(listed)] == listed
+
+
+def test_plain_text_is_read_as_it_stands_and_has_no_prompt():
+    row = {"text": "  안녕 cat\n", "url": "x"}
+    assert read(row, "pretraining") == Document("  안녕 cat\n", "f:1")
+    for bad, fault in (({"text": " \n"}, "`text` is blank"), ({"text": None}, "`text` is null")):
+        with pytest.raises(RowFault, match=fault):
+            read_record(bad, FORMATS["text"], "pretraining", "f:1", {})
+    with pytest.raises(RowFault, match=r"`text` is a list .*, text is needed"):
+        read_record({"text": ["a"]}, FORMATS["text"], "pretraining", "f:1", {})
+    for kind in ("prompts", "demonstrations"):
+        with pytest.raises(DataError, match=f"fit no format for {kind}"):
+            read(row, kind)
 
 
 def test_a_file_without_the_columns_names_those_it_has_and_the_nearest():

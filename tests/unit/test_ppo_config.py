@@ -44,6 +44,33 @@ def test_learning_rate_follows_tuning_unless_it_is_set(given: dict, rate: float)
             "ppo.optim.value_learning_rate = 0.0001 has no effect with ppo.value = shared",
         ),
         ({"optim": {"dual_clip": 1.0}}, "greater than 1"),
+        (
+            {"optim": {"ptx_rows": 8}},
+            "ppo.optim.ptx_rows = 8 has no effect with ppo.optim.ptx_coef = 0",
+        ),
+        (
+            {"optim": {"pretraining_rows": 8}},
+            "ppo.optim.pretraining_rows = 8 has no effect with ppo.optim.pretraining_coef = 0",
+        ),
+        ({"ema_decay": 1.0}, "less than 1"),
+        ({"advantage": {"value_lambda": 1.1}}, "less than or equal to 1"),
+        ({"advantage": {"length_adaptive_alpha": 0}}, "greater than 0"),
+        ({"advantage": {"reference_length": 0}}, "greater than 0"),
+        ({"kl": {"coefs": {"a": 0.1}}}, "but ppo.kl.column is not set"),
+        ({"kl": {"column": "set", "coefs": {"a": -0.1}}}, "greater than or equal to 0"),
+        (
+            {"kl": {"column": "set", "targets": {"a": 3.0}}},
+            "ppo.kl.targets = {'a': 3.0} has no effect with ppo.kl.controller = fixed",
+        ),
+        (
+            {"curriculum": {"order": "descending"}},
+            "ppo.curriculum.order = descending has no effect without ppo.curriculum.column",
+        ),
+        ({"curriculum": {"column": "level", "start_share": 0}}, "greater than 0"),
+        (
+            {"iterations": 5, "curriculum": {"column": "level", "iterations": 6}},
+            "ppo.curriculum.iterations = 6 is after the last of ppo.iterations = 5",
+        ),
         ({"kl": {"beta": 1.0}}, "Extra inputs are not permitted"),
     ],
 )
