@@ -320,6 +320,11 @@ class DataSection(Section):
     max_bad_fraction: Fraction = Field(
         0.05, description="Largest share of bad rows of a dataset that `skip` accepts."
     )
+    system_prompt: Annotated[str, Field(pattern=r"\S")] | None = Field(
+        None,
+        description="System turn of every conversation that has none; unset, that of the model "
+        "that is opened, where a run gave it one.",
+    )
     max_prompt_tokens: PositiveInt = Field(
         512, description="Longest prompt, in tokens; longer ones keep their end."
     )

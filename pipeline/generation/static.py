@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.codec import Codec
 from pipeline.generation.caches import takes_padding
 from pipeline.generation.engine import Generations, Sampling, logits_not_finite
 from pipeline.generation.noise import gumbel, row_keys
@@ -63,7 +64,7 @@ class StaticEngine:
                 )
                 for row, response in zip(rows, responses, strict=True):
                     out.response_ids[row] = response
-                    out.ended[row] = response[-1] in handle.codec.stop_ids
+                    out.ended[row] = handle.codec.ends(response)
         return out
 
 
@@ -101,25 +102,19 @@ def _generate_batch(
             do_sample=False,  # the noise draws, see `_Noise`
             eos_token_id=sorted(codec.stop_ids),
             pad_token_id=codec.pad_id,
+            suppress_tokens=sorted(codec.forbidden_ids) or None,
         ),
+        stopping_criteria=[_StopStringEnds(codec, width)] if codec.stop_strings else [],
         logits_processor=[watch, *_warpers(handle, sample_indices, width, sampling)],
     )
-    # What stands behind the first stop id is filler. Whether it is a pad id does not matter: a pad
+    # What stands behind the end is filler. Whether it is a pad id does not matter: a pad
     # id inside the text is a token like another.
-    responses = [_until_stop(row, codec.stop_ids) for row in written[:, width:].tolist()]
+    responses = [codec.until_end(row) for row in written[:, width:].tolist()]
     faults = zip(rows, responses, watch.first_fault.tolist(), strict=True)
     bad = {row: response[:fault] for row, response, fault in faults if fault < len(response)}
     if bad:
         raise logits_not_finite(bad, handle)
     return responses
-
-
-def _until_stop(tokens: list[int], stop_ids: frozenset[int]) -> list[int]:
-    """The tokens up to the first stop id, it included."""
-    for length, token in enumerate(tokens, 1):
-        if token in stop_ids:
-            return tokens[:length]
-    return tokens
 
 
 def _warpers(
@@ -140,6 +135,20 @@ def _warpers(
     indices = torch.tensor(sample_indices, device=handle.trunk.device)
     keys = row_keys(sampling.seed, sampling.stream, indices)
     return [*found, _Noise(keys, width, handle.trunk.number_dtype)]
+
+
+class _StopStringEnds:
+    """A stopping criterion: the rows (beams, of a beam search) whose last token completes one."""
+
+    def __init__(self, codec: Codec, prompt_width: int) -> None:
+        self.stop_strings = codec.stop_strings
+        self.prompt_width = prompt_width
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        """Which rows of input_ids (B, T) end here (B,)."""
+        responses = input_ids[:, self.prompt_width :].tolist()
+        ends = [self.stop_strings.completed(response) for response in responses]
+        return torch.tensor(ends, device=input_ids.device)
 
 
 class _Noise:

@@ -21,6 +21,7 @@ from pipeline.codec import Codec
 from pipeline.config import DataSection, LoraSection, ModelSection, Tuning
 from pipeline.distributed.sharding import local, rows_like
 from pipeline.errors import ModelError
+from pipeline.generation_config import GenerationSection
 from pipeline.models import adapters, loading
 from pipeline.models.trained import TrainedState, load_head, save_head, trained_state
 from pipeline.models.trunk import BaseOrigin, Handle, Role, Trunk
@@ -48,10 +49,15 @@ class ModelStore:
         device: torch.device | str = "cpu",
         *,
         shards: bool = False,
+        generation: GenerationSection | None = None,
     ) -> None:
-        """`shards`: trunks lie on the host until `Runtime.shard` leaves each process its rows."""
+        """`shards`: trunks lie on the host until `Runtime.shard` leaves each process its rows.
+
+        `generation` is how the run samples; without it artifacts are sampled from as they were.
+        """
         self.section = model
         self.data = data
+        self.generation = generation
         self.shards = shards
         self.device = torch.device("cpu" if shards else device)
         self.computes_on = torch.device(device)
@@ -213,7 +219,7 @@ class ModelStore:
         if folder in self._live:
             return self._live[folder]
         info = read_json(folder / HANDLE)
-        codec = Codec.load(folder / "tokenizer")
+        codec = self._of_run(Codec.load(folder / "tokenizer"))
         adapter = head = None
         if info["base"] is None:
             trunk, _ = self._load_base(str(folder / "model"), None)
@@ -260,13 +266,20 @@ class ModelStore:
     # --- inside ---
 
     def _codec(self, tokenizer: Any, stop_ids: frozenset[int]) -> Codec:
-        return Codec(
+        codec = Codec(
             tokenizer,
             stop_ids=stop_ids,
             chat_template=self.section.chat_template,
             max_prompt_tokens=self.data.max_prompt_tokens,
             max_response_tokens=self.data.max_response_tokens,
         )
+        return self._of_run(codec)
+
+    def _of_run(self, codec: Codec) -> Codec:
+        """The codec as the run speaks and samples; what the run leaves open stays the codec's."""
+        if self.data.system_prompt is not None:
+            codec = codec.with_system_prompt(self.data.system_prompt)
+        return codec if self.generation is None else codec.sampling_by(self.generation)
 
     def _load_base(self, path: str, revision: str | None) -> tuple[Trunk, Any]:
         identity = loading.base_identity(path, revision)

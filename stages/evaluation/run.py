@@ -50,6 +50,7 @@ class EvaluationStage:
 
     name = "evaluation"
     title = "Evaluation"
+    samples = True
 
     def needs(self, config: Any) -> tuple[str, ...]:
         """The stages whose models it compares or asks; what PPO took elsewhere is taken there."""

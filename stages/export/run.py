@@ -47,6 +47,7 @@ class ExportStage:
 
     name = "export"
     title = "Export"
+    samples = False
 
     def needs(self, config: Any) -> tuple[str, ...]:
         """The policy, and the evaluation whose numbers the cards state."""

@@ -41,6 +41,7 @@ class PpoStage:
 
     name = "ppo"
     title = "policy optimisation (PPO)"
+    samples = True
 
     def needs(self, config: Any) -> tuple[str, ...]:
         """The run's SFT and reward model, where the config names no others."""

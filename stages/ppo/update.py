@@ -64,17 +64,18 @@ class Updater:
         self.temperature = temperature
         self.demonstrations = demonstrations
         self.codec = actor_critic.policy.codec
-        self.pad_id = self.codec.pad_id
+        self.pad_id, self.forbidden = self.codec.pad_id, self.codec.forbidden_ids
         trunk = actor_critic.policy.trunk
         # Tokens of a micro-batch; halved where memory runs out.
         self.micro_batch_tokens = trunk.token_budget(section.micro_batch_tokens)
         self.packs = all(trunk.packs for trunk in actor_critic.distinct_trunks())
         for trunk in actor_critic.distinct_trunks():
             trunk.recompute = section.gradient_checkpointing
-        self.groups = {
+        groups = {
             "policy": actor_critic.policy_parameters(),
             "value": actor_critic.value_parameters(),
         }
+        self.groups = {name: parameters for name, parameters in groups.items() if parameters}
         self.peak_rates = {
             "policy": section.learning_rate,
             "value": section.value_learning_rate or section.learning_rate,
@@ -184,7 +185,7 @@ class Updater:
 
         def attempt(tokens: int) -> tuple[float, dict[str, float], float]:
             self.micro_batch_tokens = tokens
-            self.steps.begin(["policy", "value"] if train_policy else ["value"])
+            self.steps.begin(list(self.groups) if train_policy else ["value"])
             found = self._accumulate(experience, rows, train_policy, place)
             if demonstrations is not None:
                 self._accumulate_demonstrations(demonstrations, place)
@@ -269,7 +270,9 @@ class Updater:
         self, experience: Experience, rows: list[int], want: Collection[str]
     ) -> tuple[Tensor, Tensor]:
         with self.runtime.autocast():
-            out = self.steps.module(experience.rollout.batch.take(rows), want, self.temperature)
+            out = self.steps.module(
+                experience.rollout.batch.take(rows), want, self.temperature, self.forbidden
+            )
         return losses(self.section, experience, rows, out)
 
     def _draw_demonstrations(

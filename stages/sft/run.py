@@ -25,6 +25,7 @@ class SftStage:
 
     name = "sft"
     title = "supervised fine-tuning"
+    samples = False
 
     def needs(self, config: Any) -> tuple[str, ...]:
         """It starts the chain."""

@@ -53,6 +53,7 @@ class Step:
     name: str
     parents: tuple[str, ...] = ()
     title: str = "Step"
+    samples: bool = False
     ran: list[str] = field(default_factory=list)
     fails: bool = False
     checkpoint: bool = False
