@@ -4,6 +4,7 @@ The YAML header follows the Hub's model-card metadata and holds Hub ids only; lo
 bases are named in the text.
 """
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -85,6 +86,9 @@ class CardFacts:
     template: Template
     text_as_turn: bool  # a plain-text prompt is rendered as a user's turn
     versions: Mapping[str, str]
+    stop_strings: tuple[str, ...] = ()
+    forbidden_tokens: tuple[str, ...] = ()
+    system_prompt: str | None = None
 
 
 def model_card(facts: CardFacts) -> str:
@@ -178,7 +182,26 @@ def _prompt_note(facts: CardFacts) -> str:
         prompts = f"Prompts are rendered {template}, plain text as a user's turn"
     else:
         prompts = f"{texts}; conversations are rendered {template}" if template else texts
-    return f"{prompts}. Responses end at {stops} (set in `generation_config.json`)."
+    ends = f"Responses end at {stops} (set in `generation_config.json`)"
+    return " ".join([f"{prompts}.", f"{ends}.", *_sampling_notes(facts)])
+
+
+def _sampling_notes(facts: CardFacts) -> list[str]:
+    """What else the run did in sampling; a loader has to do it too."""
+    notes = []
+    if facts.stop_strings:
+        strings = list(facts.stop_strings)
+        notes.append(
+            f"In training they also ended at these strings, which are no part of the response: "
+            f"`model.generate(..., stop_strings={strings!r}, tokenizer=tokenizer)`."
+        )
+    if facts.forbidden_tokens:
+        tokens = ", ".join(f"`{token}`" for token in facts.forbidden_tokens)
+        notes.append(f"Never sampled: {tokens} (set in `generation_config.json`).")
+    if facts.system_prompt is not None:
+        text = json.dumps(facts.system_prompt, ensure_ascii=False)
+        notes.append(f"Conversations without a system turn were given this one: `{text}`.")
+    return notes
 
 
 def _data_table(data: tuple[Data, ...]) -> str:

@@ -151,7 +151,11 @@ def _base_of(policy: Handle, out: Path) -> Base:
 
 
 def _write_tokenizer(policy: Handle, folder: Path) -> None:
-    """Tokenizer, chat template, and a generation config that ends where the policy ends."""
+    """Tokenizer, chat template, and a generation config that ends where the policy ends.
+
+    Its stop strings stand in the card: with them in the config, transformers' `generate` would
+    refuse whoever does not hand it the tokenizer.
+    """
     from transformers import GenerationConfig
 
     codec = policy.codec
@@ -160,6 +164,7 @@ def _write_tokenizer(policy: Handle, folder: Path) -> None:
     config = copy.deepcopy(own) if own is not None else GenerationConfig()
     config.eos_token_id = sorted(codec.stop_ids)
     config.pad_token_id = codec.pad_id
+    config.suppress_tokens = sorted(codec.forbidden_ids) or None
     with writing(folder):
         config.save_pretrained(str(folder))
 
@@ -182,6 +187,9 @@ def _facts(
         data=_data(read_json(context.run.data_json)),
         report=(evaluation / "report.md").read_text(encoding="utf-8"),
         stop_tokens=tuple(codec.tokenizer.convert_ids_to_tokens(sorted(codec.stop_ids))),
+        stop_strings=codec.stop_strings.strings,
+        forbidden_tokens=tuple(codec.tokenizer.convert_ids_to_tokens(sorted(codec.forbidden_ids))),
+        system_prompt=codec.system_prompt,
         template="own" if own_template else "plain" if has_template else "none",
         text_as_turn=own_template and codec.chat_template == "auto",
         versions=read_json(evaluation / "metrics.json")["about"]["versions"],
