@@ -208,11 +208,12 @@ def _start(config: Any) -> tuple[str, str | None]:
 
 def _steps(config: Any) -> str:
     sft = "" if config.ppo.policy else "supervised fine-tuning on demonstrations, "
+    method = {"ppo": "PPO", "rejection_sampling": "rejection sampling"}[config.ppo.algorithm]
     if config.ppo.rewards is None:
-        return f"{sft}a reward model from ranked responses, and PPO against it"
+        return f"{sft}a reward model from ranked responses, and {method} against it"
     rewards = config.ppo.rewards
     local = resource_path(rewards).exists()
-    return f"{sft}PPO against the reward `{Path(rewards).name if local else rewards}`"
+    return f"{sft}{method} against the reward `{Path(rewards).name if local else rewards}`"
 
 
 def _data(report: Mapping[str, Any]) -> tuple[Data, ...]:

@@ -29,9 +29,10 @@ from stages.ppo.experience import Experience, appraise, rollout_metrics
 from stages.ppo.faults import with_samples
 from stages.ppo.interviewer import Interviewer, check_prompts
 from stages.ppo.models import build_models, open_rewards, open_start
+from stages.ppo.rejection import RejectionUpdater, best_responses
 from stages.ppo.rollout import Rollout
 from stages.ppo.samples import FixedTexts, SampleFiles
-from stages.ppo.update import Ragged, Updater, update_metrics
+from stages.ppo.update import Ragged, Updater
 
 HELD_OUT_METRICS = ("score", "reward", "kl", "response_tokens", "eos_rate")
 
@@ -89,7 +90,8 @@ class Training:
         self.interviewer = Interviewer(context, self.models, self.rewards)
         actor_critic = ActorCritic(self.models.policy, self.models.value)
         runtime.shard(*self.models.trunks(self.rewards))
-        self.updater = Updater(
+        updater = RejectionUpdater if section.algorithm == "rejection_sampling" else Updater
+        self.updater = updater(
             actor_critic,
             section.optim,
             runtime,
@@ -180,7 +182,7 @@ class Training:
         rollout = self.collect(iteration)
         self.sampled = iteration
         clock.append(time.perf_counter())
-        experience = appraise(rollout, self.kl.coef, self.section.advantage, self.runtime.all_sum)
+        experience = self.appraise(rollout)
         metrics = self.update(experience, iteration)
         clock.append(time.perf_counter())
         metrics |= {"seconds_collect": clock[1] - clock[0], "seconds_update": clock[2] - clock[1]}
@@ -225,6 +227,14 @@ class Training:
         """Sample and score this process's share of the iteration's prompts."""
         return self.interviewer.rollouts(iteration)
 
+    def appraise(self, rollout: Rollout) -> Experience:
+        """What the update learns from a rollout."""
+        section = self.section
+        if section.algorithm == "rejection_sampling":
+            each = section.rollout.responses_per_prompt
+            return best_responses(rollout, self.kl.coef, section.rejection.keep, each)
+        return appraise(rollout, self.kl.coef, section.advantage, self.runtime.all_sum)
+
     def update(self, experience: Experience, iteration: int) -> dict[str, float]:
         """One update of policy and value, or of the value alone while it warms up."""
         warm = iteration > self.section.optim.value_warmup_iterations
@@ -234,7 +244,6 @@ class Training:
             self.runtime.all_sum,
             self.section.rollout.importance_cap,
         )
-        metrics["explained_variance"] = experience.explained_variance
         metrics["kl_coef"] = self.kl.coef
         if self.section.stop.action == "roll_back":
             metrics["rollbacks"] = float(self.rollbacks)
@@ -245,7 +254,8 @@ class Training:
             raise with_samples(error, experience, iteration, codec) from error
         if warm:
             self.kl.update(metrics["kl"], self.section.rollout.num_rollouts)
-        return metrics | update_metrics(steps) | self.updater.learning_rates()
+        found = self.updater.metrics(experience, steps)
+        return metrics | found | self.updater.learning_rates()
 
     def stop_reason(self, metrics: Mapping[str, float]) -> str | None:
         """Which rule of `ppo.stop` the run has broken for too long, if any."""

@@ -134,6 +134,11 @@ class Updater:
                 steps.append(Step(tokens, sums, ratio_max, norms))
         return steps
 
+    def metrics(self, experience: Experience, steps: Sequence[Step]) -> dict[str, float]:
+        """What an iteration's update is logged as."""
+        explained = {"explained_variance": experience.explained_variance}
+        return explained | update_metrics(steps)
+
     def state(self) -> dict[str, Any]:
         """What training changes: weights, and the optimiser's numbers of each."""
         return self.steps.tensors()
