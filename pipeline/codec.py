@@ -176,6 +176,15 @@ class Codec:
         other.counts = Counter()
         return other
 
+    def of_run(self, system_prompt: str | None, generation: GenerationSection | None) -> "Codec":
+        """The codec as a run speaks and samples; what the run leaves open stays as it is.
+
+        Raises:
+            ConfigError, ModelError: see `sampling_by` and `with_system_prompt`.
+        """
+        codec = self if system_prompt is None else self.with_system_prompt(system_prompt)
+        return codec if generation is None else codec.sampling_by(generation)
+
     def with_system_prompt(self, text: str) -> "Codec":
         """The same codec with a system turn before conversations that have none.
 
@@ -278,7 +287,7 @@ class Codec:
             max_prompt_tokens=settings["max_prompt_tokens"],
             max_response_tokens=settings["max_response_tokens"],
         )
-        # Artifacts of before 0.2 have none of the three.
+        # Artifacts of earlier versions have none of the three.
         codec.system_prompt = settings.get("system_prompt")
         codec.stop_strings = StopStrings(tokenizer, settings.get("stop_strings", ()))
         codec.forbidden_ids = frozenset(settings.get("forbidden_ids", ()))

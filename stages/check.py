@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
+from pipeline.codec import Codec
 from pipeline.config import SourceSection, function_reference
 from pipeline.data import load_corpus
 from pipeline.data.corpus import KINDS
@@ -219,6 +220,8 @@ def _decoder(path: str, config: RunConfig) -> str:
             f"{path}: its tokenizer has no end token, so no response could end: "
             "set eos_token in its tokenizer_config.json"
         )
+    codec = Codec(tokenizer, chat_template=section.chat_template)
+    codec.of_run(config.data.system_prompt, config.generation)
     template = "its chat template" if tokenizer.chat_template else "no chat template"
     return f"{shape.model_type}, {_size(model, config)}, {template}"
 

@@ -219,7 +219,7 @@ class ModelStore:
         if folder in self._live:
             return self._live[folder]
         info = read_json(folder / HANDLE)
-        codec = self._of_run(Codec.load(folder / "tokenizer"))
+        codec = Codec.load(folder / "tokenizer").of_run(self.data.system_prompt, self.generation)
         adapter = head = None
         if info["base"] is None:
             trunk, _ = self._load_base(str(folder / "model"), None)
@@ -273,13 +273,7 @@ class ModelStore:
             max_prompt_tokens=self.data.max_prompt_tokens,
             max_response_tokens=self.data.max_response_tokens,
         )
-        return self._of_run(codec)
-
-    def _of_run(self, codec: Codec) -> Codec:
-        """The codec as the run speaks and samples; what the run leaves open stays the codec's."""
-        if self.data.system_prompt is not None:
-            codec = codec.with_system_prompt(self.data.system_prompt)
-        return codec if self.generation is None else codec.sampling_by(self.generation)
+        return codec.of_run(self.data.system_prompt, self.generation)
 
     def _load_base(self, path: str, revision: str | None) -> tuple[Trunk, Any]:
         identity = loading.base_identity(path, revision)
