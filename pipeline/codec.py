@@ -103,14 +103,18 @@ class Codec:
         `conversation` says that the prompt is one, so that the template's lead (a blank after
         `Assistant:`) belongs before the text; prompts rendered as turns imply it.
         """
-        lead = self._lead if conversation or self._string_as_turn else ""
-        ids = self.tokenizer.encode(
-            lead + text, add_special_tokens=False, split_special_tokens=True
-        )
+        ids = self._encode_response(text, conversation)
         if len(ids) < self.max_response_tokens:
             return [*ids, self.end_id]
         self.counts[RESPONSES_CUT] += 1
         return ids[: self.max_response_tokens]
+
+    def _encode_response(self, text: str, conversation: bool) -> list[int]:
+        lead = self._lead if conversation or self._string_as_turn else ""
+        ids: list[int] = self.tokenizer.encode(
+            lead + text, add_special_tokens=False, split_special_tokens=True
+        )
+        return ids
 
     def pair_ids(self, prompt: PromptText, response: str) -> tuple[list[int], list[int]]:
         """Token ids of a prompt and of a response to it."""
@@ -151,7 +155,8 @@ class Codec:
         """
         if not self.stop_strings.completed(response_ids):
             return list(response_ids)
-        return self.response_ids(self.text(list(response_ids), conversation), conversation)
+        text = self.text(list(response_ids), conversation)
+        return [*self._encode_response(text, conversation), self.end_id]
 
     def prompt_text(self, prompt: PromptText) -> str:
         """The prompt as the model sees it, rendered but not tokenised."""
@@ -218,8 +223,9 @@ class Codec:
         return other
 
     def _forbidden_id(self, token: int | str) -> int:
-        ids = [token]
-        if isinstance(token, str):
+        if isinstance(token, int):
+            ids = [token]
+        else:
             ids = self.tokenizer.encode(token, add_special_tokens=False)
         setting = f"generation.forbidden_tokens has {token!r}"
         if len(ids) != 1:
@@ -238,7 +244,7 @@ class Codec:
                 f"{setting}, which is a stop token of {self.name!r}: no response could end by it. "
                 "Leave it out"
             )
-        return int(found)
+        return found
 
     # --- files ---
 

@@ -86,6 +86,7 @@ class CardFacts:
     template: Template
     text_as_turn: bool  # a plain-text prompt is rendered as a user's turn
     versions: Mapping[str, str]
+    algorithm: str = "ppo"  # a tag
     stop_strings: tuple[str, ...] = ()
     forbidden_tokens: tuple[str, ...] = ()
     system_prompt: str | None = None
@@ -130,7 +131,7 @@ def _header(facts: CardFacts) -> dict[str, Any]:
         header["base_model"] = facts.start_hub_id
     header["library_name"] = "peft" if facts.form == "adapter" else "transformers"
     header["pipeline_tag"] = "text-generation"
-    header["tags"] = ["rlhf", "sft"] if facts.form == "base" else ["rlhf", "ppo"]
+    header["tags"] = ["rlhf", "sft" if facts.form == "base" else facts.algorithm]
     if facts.form == "adapter":
         header["tags"].append("lora")
     datasets = dict.fromkeys(data.hub_id for data in facts.data if data.hub_id)

@@ -187,6 +187,7 @@ def _facts(
         data=_data(read_json(context.run.data_json)),
         report=(evaluation / "report.md").read_text(encoding="utf-8"),
         stop_tokens=tuple(codec.tokenizer.convert_ids_to_tokens(sorted(codec.stop_ids))),
+        algorithm=config.ppo.algorithm.replace("_", "-"),
         stop_strings=codec.stop_strings.strings,
         forbidden_tokens=tuple(codec.tokenizer.convert_ids_to_tokens(sorted(codec.forbidden_ids))),
         system_prompt=codec.system_prompt,

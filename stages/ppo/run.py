@@ -5,7 +5,8 @@ by its log-ratio to the frozen start policy, GAE with a value model that starts 
 clipped policy and value losses; InstructGPT's language-model term is `ppo.optim.ptx_coef`.
 Deliberate deviations: losses are divided by the global count of response tokens, not averaged over
 sequences; gradients of policy and value model are clipped apart; a step of the learning-rate
-schedule is an iteration.
+schedule is an iteration. With `ppo.algorithm: rejection_sampling` the same stage trains by
+cross-entropy on the best responses instead (`rejection.py`).
 
     rlhf ppo configs/quickstart.yaml ppo.kl_coef=0.1
 """

@@ -28,7 +28,11 @@ evaluation: {{prompts: 5, max_new_tokens: 4}}
 
 @pytest.mark.parametrize(
     ("tuning", "strategy"),
-    [("lora", "DDP"), ("full", "FSDP2"), pytest.param("full", "DDP", marks=pytest.mark.slow)],
+    [
+        ("lora", "DDP"),
+        pytest.param("full", "FSDP2", marks=pytest.mark.slow),
+        pytest.param("full", "DDP", marks=pytest.mark.slow),
+    ],
 )
 def test_two_processes_compute_what_one_does(tuning: str, strategy: str, tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(CONFIG)

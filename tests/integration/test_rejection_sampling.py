@@ -11,11 +11,14 @@ from pydantic import ValidationError
 from pipeline.batches import TokenBatch
 from pipeline.models.adapters import adapter_names
 from pipeline.records import Prompt
+from stages.memory import predicted_footprint
 from stages.ppo.config import PpoSection
+from stages.ppo.experience import Experience
 from stages.ppo.rejection import best_responses, kept_rows, take
 from stages.ppo.rollout import Rollout
-from stages.ppo.run import PpoStage
+from stages.ppo.run import PpoStage, Training
 from tests.integration.test_ppo_reward_rises import make_context
+from tests.tiny_chain import Killed, assert_same, rlhf
 from tests.tiny_ppo import TinyPpo
 
 REJECTION = {"algorithm": "rejection_sampling"}
@@ -162,8 +165,35 @@ def test_the_held_out_reward_rises(tuning: str, rate: float, tmp_path: Path) -> 
     measured = json.loads((context.folder.root / "memory.json").read_text())["measured"]
     assert "value" not in measured
     # The artifact is the policy of the best iteration; no value model has been left on the trunk.
+    predicted = predicted_footprint(context.config, "ppo")
+    assert predicted is not None and "value" not in predicted and "policy" in predicted
     policy = context.store.open(context.folder.artifact)
     assert not policy.trunk.heads and policy.role.name == "policy"
+
+
+def test_a_killed_run_goes_on_as_if_it_had_not_been(place: Path) -> None:
+    """Bit for bit: optimiser, adaptive KL coefficient, metrics, samples and texts."""
+    asked = [
+        "ppo.algorithm=rejection_sampling",
+        "ppo.rollout.responses_per_prompt=3",
+        "ppo.kl.controller=adaptive",
+        "--from",
+        "runs/parents",
+    ]
+    rlhf("ppo", "run.name=whole", *asked)
+    own = Training.update
+
+    def update(training: Training, experience: Experience, iteration: int) -> dict[str, float]:
+        if iteration == 6:
+            raise Killed
+        return own(training, experience, iteration)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Training, "update", update)
+        with pytest.raises(Killed):
+            rlhf("ppo", "run.name=r", *asked)
+    assert "going on after step 4" in rlhf("ppo", "run.name=r", *asked)
+    assert_same(place / "runs/r/ppo", place / "runs/whole/ppo")
 
 
 @pytest.mark.parametrize(

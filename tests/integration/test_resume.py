@@ -37,11 +37,6 @@ FORMS = {
     "lora": ["ppo.tuning=lora", "ppo.value=separate"],
     "full": ["ppo.tuning=full", "ppo.value=separate"],
     "shared": ["ppo.tuning=lora", "ppo.value=shared"],
-    "rejection": [
-        "ppo.algorithm=rejection_sampling",
-        "ppo.rollout.responses_per_prompt=3",
-        "ppo.optim.value_warmup_iterations=0",
-    ],
     "background": ["ppo.tuning=lora", "ppo.value=separate", "run.save_in_background=true"],
 }
 UPDATE = "stages.ppo.run:Training.update"
@@ -100,7 +95,6 @@ def whole(folder):
         pytest.param("lora", FINISH, 1, 6, marks=pytest.mark.slow),
         pytest.param("full", UPDATE, 5, 4, marks=pytest.mark.slow),
         pytest.param("shared", UPDATE, 5, 4, marks=pytest.mark.slow),
-        ("rejection", UPDATE, 5, 4),
         # Killed while the second state is written in the background, in whichever iteration.
         pytest.param("background", TENSORS, 3, 2, marks=pytest.mark.slow),
         ("background", COMPLETE, 2, 2),
