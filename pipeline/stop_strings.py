@@ -22,7 +22,8 @@ class StopStrings:
     def __init__(self, tokenizer: Any, strings: Sequence[str] = ()) -> None:
         self.strings = tuple(strings)
         self._tokenizer = tokenizer
-        self._hidden = frozenset(tokenizer.all_special_ids)  # no part of the text
+        added = tokenizer.added_tokens_decoder.items()
+        self._hidden = frozenset(id_ for id_, token in added if token.special)  # not in the text
         # A token has at least a byte of text.
         self._tail = max((len(text.encode()) for text in self.strings), default=0) + MARGIN
         self._may_complete: dict[int, bool] = {}  # by token

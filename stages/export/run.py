@@ -164,7 +164,8 @@ def _write_tokenizer(policy: Handle, folder: Path) -> None:
     config = copy.deepcopy(own) if own is not None else GenerationConfig()
     config.eos_token_id = sorted(codec.stop_ids)
     config.pad_token_id = codec.pad_id
-    config.suppress_tokens = sorted(codec.forbidden_ids) or None
+    if codec.forbidden_ids:
+        config.suppress_tokens = sorted(codec.forbidden_ids)
     with writing(folder):
         config.save_pretrained(str(folder))
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import AddedToken
 
 from pipeline.codec import Codec
 from pipeline.generation import NativeEngine, Sampling, StaticEngine
@@ -63,6 +64,20 @@ def test_random_tokens_end_where_the_oracle_says() -> None:
         ended += expected is not None
         assert codec.until_end(ids) == ids[: expected or len(ids)]
     assert 100 < ended < 300
+
+
+def test_special_tokens_are_no_part_of_the_text() -> None:
+    """However many of them, named or not, stand between two parts of the string."""
+    tokenizer = train_tokenizer(["STOP it, STOP here"] * 4, 300)
+    tokenizer.add_tokens([AddedToken("<|reserved|>", special=True)])
+    codec = Codec(tokenizer).sampling_by(GenerationSection(stop_strings=("STOP",)))
+    (reserved,) = tokenizer.encode("<|reserved|>", add_special_tokens=False)
+    first = tokenizer.encode("ST", add_special_tokens=False)
+    rest = tokenizer.encode("OP", add_special_tokens=False)
+    ids = [*first, *[reserved] * 40, *rest]
+    assert first_end(codec, ids) == len(ids)
+    assert codec.ends(ids) and codec.until_end(ids) == ids
+    assert codec.text(ids) == ""
 
 
 def test_a_token_that_cannot_complete_a_string_costs_no_decoding(monkeypatch) -> None:
