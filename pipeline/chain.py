@@ -320,6 +320,7 @@ class Chain:
             self.config.data,
             self.runtime.device,
             shards=self.runtime.shards,
+            generation=self.config.generation,
         )
 
     def _describe(self) -> None:

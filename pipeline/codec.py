@@ -8,12 +8,15 @@ merge across the seam into tokens that a sampling policy never sees. Special tok
 import copy
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import ModelError
+from pipeline.errors import ConfigError, ModelError
+from pipeline.generation_config import GenerationSection
 from pipeline.records import Message, PromptText
 from pipeline.runfolder import read_json, write_json_atomic, writing
+from pipeline.stop_strings import StopStrings
 
 PROMPTS_CUT = "prompts cut to data.max_prompt_tokens"
 RESPONSES_CUT = "responses cut to data.max_response_tokens"
@@ -39,7 +42,9 @@ class Codec:
 
     `stop_ids` end a response; `end_id` is the one of them that training appends. `pad_id` only
     fills tensors: ends are known by lengths, never by looking for a pad. `counts` tells how many
-    prompts and responses were cut to their limits.
+    prompts and responses were cut to their limits. `system_prompt` is the system turn of
+    conversations that have none; `stop_strings` end a response as stop ids do, and `forbidden_ids`
+    are never sampled.
     """
 
     def __init__(
@@ -74,6 +79,9 @@ class Codec:
         self._rendered_turns = False
         eos = tokenizer.eos_token_id
         self.stop_ids = stop_ids | ({eos} if eos is not None else frozenset())
+        self.stop_strings = StopStrings(tokenizer)
+        self.forbidden_ids: frozenset[int] = frozenset()
+        self.system_prompt: str | None = None
         self._lead, self.end_id = self._probe_template()
         self.pad_id: int = self.end_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
@@ -112,13 +120,16 @@ class Codec:
         `conversation` says that the prompt is one, so that the template's lead (a blank after
         `Assistant:`) belongs before the text; prompts rendered as turns imply it.
         """
-        lead = self._lead if conversation or self._string_as_turn else ""
-        opening = self._opening if self.encoder_decoder else []
-        ids = [*opening, *self._plain_ids(lead + text)]
+        ids = self._encode_response(text, conversation)
         if len(ids) < self.max_response_tokens:
             return [*ids, self.end_id]
         self.counts[RESPONSES_CUT] += 1
         return ids[: self.max_response_tokens]
+
+    def _encode_response(self, text: str, conversation: bool) -> list[int]:
+        lead = self._lead if conversation or self._string_as_turn else ""
+        opening = self._opening if self.encoder_decoder else []
+        return [*opening, *self._plain_ids(lead + text)]
 
     def pair_ids(self, prompt: PromptText, response: str) -> tuple[list[int], list[int]]:
         """Token ids of a prompt and of a response to it."""
@@ -139,12 +150,40 @@ class Codec:
     def text(self, response_ids: list[int], conversation: bool = False) -> str:
         """Text of a response without its stop token, special tokens and the template's lead.
 
-        `conversation` as in `response_ids`.
+        `conversation` as in `response_ids`. A stop string, and what its last token says beyond it,
+        are no part of the text.
         """
         if response_ids and response_ids[-1] in self.stop_ids:
             response_ids = response_ids[:-1]
         text = self.tokenizer.decode(response_ids, skip_special_tokens=True)
+        text = self.stop_strings.before(text)
         return text.removeprefix(self._lead) if conversation or self._string_as_turn else text
+
+    def ends(self, response_ids: Sequence[int]) -> bool:
+        """Whether a response ends with its last token: a stop id, or one that completes a string.
+
+        It has not ended before.
+        """
+        last = response_ids[-1] if response_ids else None
+        return last in self.stop_ids or self.stop_strings.completed(response_ids)
+
+    def until_end(self, response_ids: list[int]) -> list[int]:
+        """The tokens up to the first that ends the response, it included."""
+        for length in range(1, len(response_ids) + 1):
+            token = response_ids[length - 1]
+            if token in self.stop_ids or self.stop_strings.completed(response_ids[:length]):
+                return response_ids[:length]
+        return response_ids
+
+    def closed_ids(self, response_ids: Sequence[int], conversation: bool = False) -> list[int]:
+        """A response as training would have it: one that a stop string ended is its text, closed.
+
+        Any other stays as it was sampled.
+        """
+        if not self.stop_strings.completed(response_ids):
+            return list(response_ids)
+        text = self.text(list(response_ids), conversation)
+        return [*self._encode_response(text, conversation), self.end_id]
 
     def prompt_text(self, prompt: PromptText) -> str:
         """The prompt as the model sees it, rendered but not tokenised."""
@@ -189,6 +228,71 @@ class Codec:
         other.counts = Counter()
         return other
 
+    def of_run(self, system_prompt: str | None, generation: GenerationSection | None) -> "Codec":
+        """The codec as a run speaks and samples; what the run leaves open stays as it is.
+
+        Raises:
+            ConfigError, ModelError: see `sampling_by` and `with_system_prompt`.
+        """
+        codec = self if system_prompt is None else self.with_system_prompt(system_prompt)
+        return codec if generation is None else codec.sampling_by(generation)
+
+    def with_system_prompt(self, text: str) -> "Codec":
+        """The same codec with a system turn before conversations that have none.
+
+        Raises:
+            ModelError: the template refuses system turns, or leaves them out.
+        """
+        other = copy.copy(self)
+        other.system_prompt = text
+        try:
+            shown = text.strip() in self._render((Message("system", text), Message("user", "?")))
+            reason = "leaves system turns out"
+        except ModelError as error:
+            shown, reason = False, f"refuses a system turn ({error.__cause__})"
+        if not shown:
+            raise ModelError(
+                f"data.system_prompt is set, but the chat template of {self.name!r} {reason}. "
+                "Leave data.system_prompt out and put its text into the first user turn of your "
+                "prompts, or give the tokenizer a template that has system turns"
+            )
+        return other
+
+    def sampling_by(self, section: GenerationSection) -> "Codec":
+        """The same codec with a run's stop strings and forbidden tokens.
+
+        Raises:
+            ConfigError: a forbidden token is not one token of this vocabulary, or ends responses.
+        """
+        other = copy.copy(self)
+        other.stop_strings = StopStrings(self.tokenizer, section.stop_strings)
+        other.forbidden_ids = frozenset(map(self._forbidden_id, section.forbidden_tokens))
+        return other
+
+    def _forbidden_id(self, token: int | str) -> int:
+        if isinstance(token, int):
+            ids = [token]
+        else:
+            ids = self.tokenizer.encode(token, add_special_tokens=False)
+        setting = f"generation.forbidden_tokens has {token!r}"
+        if len(ids) != 1:
+            parts = ", ".join(map(repr, self.tokenizer.convert_ids_to_tokens(ids)))
+            raise ConfigError(
+                f"{setting}, which is {len(ids)} tokens of {self.name!r} ({parts}): forbidding "
+                "them all would forbid more than this text. Name single tokens, by text or by id"
+            )
+        (found,) = ids
+        if found >= len(self.tokenizer):
+            raise ConfigError(
+                f"{setting}, but {self.name!r} has the ids 0 to {len(self.tokenizer) - 1}"
+            )
+        if found in self.stop_ids:
+            raise ConfigError(
+                f"{setting}, which is a stop token of {self.name!r}: no response could end by it. "
+                "Leave it out"
+            )
+        return found
+
     # --- files ---
 
     def save_tokenizer(self, folder: Path) -> None:
@@ -215,6 +319,9 @@ class Codec:
             "rendered_turns": self._rendered_turns,
             "max_prompt_tokens": self.max_prompt_tokens,
             "max_response_tokens": self.max_response_tokens,
+            "system_prompt": self.system_prompt,
+            "stop_strings": list(self.stop_strings.strings),
+            "forbidden_ids": sorted(self.forbidden_ids),
         }
         write_json_atomic(folder / "codec.json", settings)
 
@@ -235,15 +342,29 @@ class Codec:
             max_prompt_tokens=settings["max_prompt_tokens"],
             max_response_tokens=settings["max_response_tokens"],
         )
+        # Artifacts of earlier versions have none of the three.
+        codec.system_prompt = settings.get("system_prompt")
+        codec.stop_strings = StopStrings(tokenizer, settings.get("stop_strings", ()))
+        codec.forbidden_ids = frozenset(settings.get("forbidden_ids", ()))
         codec._rendered_turns = settings["rendered_turns"]
         return codec
 
     # --- chat templates ---
 
     def _turns(self, prompt: PromptText) -> tuple[Message, ...] | None:
-        if not isinstance(prompt, str):
-            return prompt
-        return (Message("user", prompt),) if self._string_as_turn else None
+        if isinstance(prompt, str) and not self._string_as_turn:
+            if self.system_prompt is not None:
+                raise ConfigError(
+                    f"data.system_prompt is set, but a prompt is plain text ({prompt[:40]!r}), "
+                    "which is used as it stands: it has no turns to put a system turn before. "
+                    "Write prompts as lists of {role, content}, use a tokenizer with a chat "
+                    "template (model.chat_template: auto), or leave data.system_prompt out"
+                )
+            return None
+        turns = (Message("user", prompt),) if isinstance(prompt, str) else prompt
+        if self.system_prompt is None or turns[0].role == "system":
+            return turns
+        return (Message("system", self.system_prompt), *turns)
 
     def _render(self, turns: tuple[Message, ...], add_generation_prompt: bool = True) -> str:
         messages = [{"role": turn.role, "content": turn.content} for turn in turns]

@@ -17,6 +17,7 @@ def infer(
     want: Collection[str],
     token_budget: int | None,
     temperature: float = 1.0,
+    forbidden: Collection[int] = frozenset(),
 ) -> dict[str, Tensor]:
     """The outputs that `want` names (see `TrunkOutput`), (B, R) or (B,), by name.
 
@@ -34,7 +35,8 @@ def infer(
         passes = groups
         if shards is not None:  # a pass gathers weights from all: some pass for nothing
             passes = groups + groups[-1:] * (shards.most(len(groups)) - len(groups))
-        parts = [handle(batch.take(rows), want, temperature) for rows in passes][: len(groups)]
+        parts = [handle(batch.take(rows), want, temperature, forbidden) for rows in passes]
+        parts = parts[: len(groups)]
         if shards is not None:
             shards.rest()
         # Only here the device is waited for.

@@ -42,7 +42,10 @@ def stage_material(
         "model": _key_values(config.model),
         "max_prompt_tokens": config.data.max_prompt_tokens,
         "max_response_tokens": config.data.max_response_tokens,
+        "system_prompt": config.data.system_prompt,
     }
+    if stage.samples:
+        common["generation"] = _key_values(config.generation)
     if getattr(section, "tuning", None) == "lora":
         common["lora"] = _key_values(config.lora)
     return {

@@ -72,6 +72,22 @@ class Ranking:
         ]
 
 
+def each_reply(demonstration: Demonstration) -> list[Demonstration]:
+    """One demonstration an assistant turn, each with the turns before it as its prompt.
+
+    A plain-text prompt has one reply, the response.
+    """
+    turns = demonstration.prompt
+    if isinstance(turns, str):
+        return [demonstration]
+    earlier = [
+        Demonstration(turns[:place], turn.content, demonstration.origin)
+        for place, turn in enumerate(turns)
+        if turn.role == "assistant"
+    ]
+    return [*earlier, demonstration]
+
+
 def first_user_turn(prompt: PromptText) -> str:
     """The text that identifies a prompt across datasets: the first user turn, or the whole text."""
     if isinstance(prompt, str):

@@ -66,6 +66,7 @@ class Stage(Protocol):
 
     name: str  # its section of the config and its folder in the run
     title: str  # what people read when it starts
+    samples: bool  # whether it samples responses, by the section `generation`
 
     def needs(self, config: Any) -> tuple[str, ...]:
         """Names of the stages whose artifacts it reads."""

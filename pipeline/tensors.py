@@ -4,6 +4,8 @@ Suffixes: B sequences, R response positions, N gathered positions, V vocabulary.
 and true on real tokens. Reductions are made in float32 or wider, whatever the input's type.
 """
 
+import hashlib
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -43,6 +45,19 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 def masked_var(x: Tensor, mask: Tensor) -> Tensor:
     """Variance (divided by the count) of `x` where `mask` is true."""
     return masked_sum((widen(x) - masked_mean(x, mask)) ** 2, mask) / mask.sum().clamp(min=1)
+
+
+def tempered(logits_nv: Tensor, temperature: float, forbidden: Collection[int] = ()) -> Tensor:
+    """Logits of the distribution that tokens are drawn from.
+
+    Divided by the temperature, and minus infinity at the `forbidden` ids.
+    """
+    if temperature != 1:
+        logits_nv = logits_nv / temperature
+    if not forbidden:
+        return logits_nv
+    places = send(torch.tensor(sorted(forbidden)), logits_nv.device)
+    return logits_nv.index_fill(-1, places, -torch.inf)
 
 
 def token_logprobs(logits_nv: Tensor, ids_n: Tensor, *, consume: bool = False) -> Tensor:
@@ -87,3 +102,13 @@ def entropy(logits_nv: Tensor, log_total_n: Tensor | None = None) -> Tensor:
     # p log p is 0 where p is 0 (a forbidden token): 0 * -inf would be NaN.
     finite_nv = logprobs_nv.clamp(min=torch.finfo(torch.float32).min)
     return -(logprobs_nv.exp() * finite_nv).sum(-1)
+
+
+def tensors_hash(named: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 over names and bytes of tensors, in the order of their names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(named, key=lambda pair: pair[0]):
+        digest.update(name.encode())
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(data.numpy().tobytes())
+    return digest.hexdigest()

@@ -299,6 +299,8 @@ def _decoder(path: str, config: RunConfig) -> str:
             f"{path}: its tokenizer has no end token, so no response could end: "
             "set eos_token in its tokenizer_config.json"
         )
+    codec = Codec(tokenizer, chat_template=section.chat_template)
+    codec.of_run(config.data.system_prompt, config.generation)
     template = "its chat template" if tokenizer.chat_template else "no chat template"
     return f"{shape.model_type}, {_size(model, config)}, {template}"
 

@@ -15,10 +15,11 @@ from pipeline.config import (
     ModelSection,
     RunSection,
     Section,
-    vllm_refusals,
 )
 from pipeline.errors import ConfigError, ModelError
+from pipeline.generation_config import GenerationSection
 from pipeline.reward_list import uses_own
+from pipeline.vllm_config import vllm_refusals
 from stages.evaluation.config import EvaluationSection
 from stages.export.config import CLASSIFIED, ExportSection
 from stages.ppo.config import PpoSection
@@ -33,6 +34,9 @@ class RunConfig(Section):
     model: ModelSection = Field(description="The base model.")
     lora: LoraSection = Field(LoraSection(), description="Shape of every LoRA adapter.")
     data: DataSection = Field(DataSection(), description="Datasets, checks and split.")
+    generation: GenerationSection = Field(
+        GenerationSection(), description="How every stage samples responses."
+    )
     sft: SftSection = Field(SftSection(), description="Supervised fine-tuning.")
     reward: RewardSection = Field(RewardSection(), description="Reward model.")
     ppo: PpoSection = Field(PpoSection(), description="Policy optimisation.")

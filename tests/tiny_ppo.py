@@ -27,6 +27,7 @@ from stages.ppo.config import PpoSection
 from stages.ppo.experience import Experience, appraise
 from stages.ppo.models import Models, build_models
 from stages.ppo.ptx import LanguageModelTerm
+from stages.ppo.rejection import RejectionUpdater
 from stages.ppo.rollout import PromptOrder, Rollout, collect
 from stages.ppo.update import Updater
 
@@ -126,13 +127,14 @@ class TinyPpo:
         config = SimpleNamespace(ppo=self.section, lora=LORA)
         self.models: Models = build_models(self.start, self.rewards, config, store())
         if self.section.tuning == "lora":
-            for handle in (self.models.policy, self.models.value):
+            for handle in filter(None, (self.models.policy, self.models.value)):
                 for parameter in handle.parameters():
                     parameter.data = parameter.data.to(self.start.trunk.number_dtype)
         self.runtime = Runtime(RunSection(device="cpu", mixed_precision=precision))
         self.actor_critic = ActorCritic(self.models.policy, self.models.value)
         optim_section = self.section.optim
-        self.updater = Updater(
+        rejects = self.section.algorithm == "rejection_sampling"
+        self.updater = (RejectionUpdater if rejects else Updater)(
             self.actor_critic,
             self.section.optim,
             self.runtime,

@@ -5,11 +5,12 @@ from typing import Any
 
 import torch
 
-from pipeline.config import DataSection, LoraSection, RunSection, VllmSection
+from pipeline.config import DataSection, LoraSection, RunSection
 from pipeline.distributed import Runtime
 from pipeline.generation import Sampling, VllmEngine, open_engine
 from pipeline.models.store import ModelStore
 from pipeline.models.trunk import Handle
+from pipeline.vllm_config import VllmSection
 from tests.conftest import TEXTS, tiny_section
 from tests.vllm_stand_in import StandIn
 

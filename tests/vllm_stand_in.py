@@ -17,13 +17,14 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 # Fields of vLLM's CompletionRequest that the client may use: a misspelt one is refused here.
 FIELDS = {
     "model", "prompt", "max_tokens", "temperature", "n", "top_p", "top_k", "min_p", "seed",
     "repetition_penalty", "presence_penalty", "frequency_penalty", "stop_token_ids", "ignore_eos",
-    "min_tokens", "skip_special_tokens", "logprobs", "return_token_ids",
+    "min_tokens", "skip_special_tokens", "logprobs", "return_token_ids", "stop",
+    "include_stop_str_in_output", "logit_bias",
 }  # fmt: skip
 NEUTRAL = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0,
            "presence_penalty": 0.0, "frequency_penalty": 0.0}  # fmt: skip
@@ -63,6 +64,7 @@ class StandIn:
     def __enter__(self) -> "StandIn":
         self._lock, self._now = threading.Lock(), 0
         self._model = AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32).eval()
+        self._tokenizer = AutoTokenizer.from_pretrained(self.base)
         self._peft: Any = None
         self._known: set[str] = set()
         server = self
@@ -168,6 +170,8 @@ class StandIn:
             for seen in set(ids):  # repetition penalty, as in transformers
                 scaled[seen] *= 1 / body["repetition_penalty"] if scaled[seen] > 0 else (
                     body["repetition_penalty"])  # fmt: skip
+            for token, bias in body.get("logit_bias", {}).items():
+                scaled[int(token)] += bias
             greedy = body["temperature"] < 1e-5
             scaled = scaled if greedy else scaled / body["temperature"]
             if body["top_k"] > 0:
@@ -182,6 +186,12 @@ class StandIn:
             ids.append(token)
             if token in body["stop_token_ids"]:
                 reason, stop = "stop", token
+                break
+            # As vLLM: its own decoding, looked into after each token.
+            text = self._tokenizer.decode(out)
+            stop = next((string for string in body.get("stop", []) if string in text), None)
+            if stop is not None:
+                reason = "stop"
                 break
         return {
             "index": 0,

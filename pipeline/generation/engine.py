@@ -38,7 +38,8 @@ class Sampling:
 class Generations:
     """Ragged responses, in the order of the prompts asked for.
 
-    A response includes the stop token that ended it; `ended` is False where the length cut it.
+    A response includes the token that ended it, a stop id or the last of a stop string; `ended` is
+    False where the length cut it.
     `logprobs` are those of the sampled tokens at the sampling temperature (1 when greedy).
     """
 
@@ -53,7 +54,11 @@ class Generations:
 
 
 class Engine(Protocol):
-    """Generates responses and says what it can promise."""
+    """Generates responses and says what it can promise.
+
+    What ends a response and what is never sampled are the codec's: `stop_ids`, `stop_strings`,
+    `forbidden_ids`.
+    """
 
     name: str
     deterministic: bool  # the same seed gives the same text, whatever the batch size

@@ -17,7 +17,7 @@ from pipeline.generation.engine import Generations, Listener, Sampling, logits_n
 from pipeline.generation.noise import gumbel, row_keys
 from pipeline.models.calls import DecodeOutput, DecodeStep
 from pipeline.models.trunk import Handle
-from pipeline.tensors import entropy, widen
+from pipeline.tensors import entropy, tempered, widen
 
 # Columns beyond the longest row, as a share of it: moving the rows back is rare.
 SLACK = 0.5
@@ -124,7 +124,7 @@ class _Writing:
         # Tokens and noise keys of the rows, in the order of their slots.
         self.tokens = torch.empty(0, dtype=torch.long, device=self.device)
         self.keys = torch.empty(0, dtype=torch.long, device=self.device)
-        self.stop_ids = self.handle.codec.stop_ids
+        self.codec = self.handle.codec
         has_head = self.handle.role.head is not None
         self.out = Generations(
             response_ids=[[] for _ in range(count)],
@@ -200,10 +200,9 @@ class _Writing:
 
     def _choose(self, rows: Sequence[_Row], keys: Tensor, result: DecodeOutput) -> Tensor:
         """Next tokens (A,) of `rows`; writes them, and their numbers, into the responses."""
-        logits = widen(result.logits)
-        if self.sampling.temperature > 0:
-            if self.sampling.temperature != 1:
-                logits = logits / self.sampling.temperature
+        temperature = self.sampling.temperature
+        logits = tempered(widen(result.logits), temperature or 1.0, self.codec.forbidden_ids)
+        if temperature > 0:
             written = [len(self.out.response_ids[row.number]) for row in rows]
             places = torch.tensor(written, device=self.device)
             noise = gumbel(keys, places, logits.shape[1], logits.dtype)
@@ -236,7 +235,7 @@ class _Writing:
             out.entropy[row.number].append(numbers[2][place])
             if out.values is not None:
                 out.values[row.number].append(numbers[3][place])
-            out.ended[row.number] = token in self.stop_ids
+            out.ended[row.number] = self.codec.ends(out.response_ids[row.number])
 
     def _leave(self) -> None:
         """Let finished rows go, and drop the columns that no row needs any more."""

@@ -4,7 +4,6 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from pipeline.config import VllmSection
 from pipeline.distributed import Runtime
 from pipeline.errors import ConfigError
 from pipeline.generation.engine import Engine
@@ -13,6 +12,7 @@ from pipeline.generation.vllm import VllmEngine
 from pipeline.generation.vllm_adapters import SETTING, AdapterHandover
 from pipeline.json_http import JsonServer
 from pipeline.runfolder import json_hash
+from pipeline.vllm_config import VllmSection
 
 
 def open_engine(

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.codec import Codec
 from pipeline.generation.caches import takes_padding
 from pipeline.generation.engine import Generations, Listener, Sampling, logits_not_finite
 from pipeline.generation.noise import gumbel, row_keys
@@ -67,7 +68,7 @@ class StaticEngine:
                 )
                 for row, response in zip(rows, responses, strict=True):
                     out.response_ids[row] = response
-                    out.ended[row] = response[-1] in handle.codec.stop_ids
+                    out.ended[row] = handle.codec.ends(response)
         return out
 
 
@@ -101,7 +102,7 @@ def _generate_batch(
     watch = _Watch(len(prompts), width, sampling.num_beams, device)
     more: dict[str, Any] = {}
     if listener is not None and sampling.num_beams == 1:
-        more["streamer"] = _Relay(listener, rows, codec.stop_ids)
+        more["streamer"] = _Relay(listener, rows, codec)
     if two_sides:  # transformers would make a cache of as many layers as the encoder has
         more["past_key_values"] = EncoderDecoderCache(DynamicCache(), DynamicCache())
     written = handle.write(
@@ -114,13 +115,15 @@ def _generate_batch(
             eos_token_id=sorted(codec.stop_ids),
             pad_token_id=codec.pad_id,
             decoder_start_token_id=architecture.decoder_start_token_id if two_sides else None,
+            suppress_tokens=sorted(codec.forbidden_ids) or None,
         ),
+        stopping_criteria=[_StopStringEnds(codec, width)] if codec.stop_strings else [],
         logits_processor=[watch, *_warpers(handle, sample_indices, width, sampling)],
         **more,
     )
-    # What stands behind the first stop id is filler. Whether it is a pad id does not matter: a pad
+    # What stands behind the end is filler. Whether it is a pad id does not matter: a pad
     # id inside the text is a token like another.
-    responses = [_until_stop(row, codec.stop_ids) for row in written[:, width:].tolist()]
+    responses = [codec.until_end(row) for row in written[:, width:].tolist()]
     faults = zip(rows, responses, watch.first_fault.tolist(), strict=True)
     bad = {row: response[:fault] for row, response, fault in faults if fault < len(response)}
     if bad:
@@ -141,14 +144,6 @@ def _padded(
     return ids, mask
 
 
-def _until_stop(tokens: list[int], stop_ids: frozenset[int]) -> list[int]:
-    """The tokens up to the first stop id, it included."""
-    for length, token in enumerate(tokens, 1):
-        if token in stop_ids:
-            return tokens[:length]
-    return tokens
-
-
 def _warpers(
     handle: Handle, sample_indices: Sequence[int], width: int, sampling: Sampling
 ) -> list[Any]:
@@ -167,6 +162,20 @@ def _warpers(
     indices = torch.tensor(sample_indices, device=handle.trunk.device)
     keys = row_keys(sampling.seed, sampling.stream, indices)
     return [*found, _Noise(keys, width, handle.trunk.number_dtype)]
+
+
+class _StopStringEnds:
+    """A stopping criterion: the rows (beams, of a beam search) whose last token completes one."""
+
+    def __init__(self, codec: Codec, prompt_width: int) -> None:
+        self.stop_strings = codec.stop_strings
+        self.prompt_width = prompt_width
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        """Which rows of input_ids (B, T) end here (B,)."""
+        responses = input_ids[:, self.prompt_width :].tolist()
+        ends = [self.stop_strings.completed(response) for response in responses]
+        return torch.tensor(ends, device=input_ids.device)
 
 
 class _Noise:
@@ -205,11 +214,10 @@ class _Watch:
 class _Relay:
     """A streamer of transformers' `generate` that tells a listener the tokens of each row."""
 
-    def __init__(self, listener: Listener, rows: Sequence[int], stop_ids: frozenset[int]) -> None:
+    def __init__(self, listener: Listener, rows: Sequence[int], codec: Codec) -> None:
         self.listener = listener
-        self.rows = rows
-        self.stop_ids = stop_ids
-        self.ended: set[int] = set()
+        self.codec = codec
+        self.written: dict[int, list[int]] = {row: [] for row in rows}
         self.begun = False
 
     def put(self, value: Tensor) -> None:
@@ -217,11 +225,10 @@ class _Relay:
         if not self.begun:
             self.begun = True
             return
-        for row, token in zip(self.rows, value.tolist(), strict=True):
-            if row not in self.ended:
+        for (row, written), token in zip(self.written.items(), value.tolist(), strict=True):
+            if not self.codec.ends(written):  # else it is filler
+                written.append(token)
                 self.listener(row, token)
-            if token in self.stop_ids:  # filler follows
-                self.ended.add(row)
 
     def end(self) -> None:
         """All is written."""

@@ -25,6 +25,7 @@ class TextStream:
         # The template's lead is cut off once it is whole: until then it is no text.
         if not self.told and self.codec.is_lead(text, self.conversation):
             return ""
+        text = text[: len(text) - self.codec.stop_strings.begun(text)]
         # Some decoders take a blank back before the next sign.
         return self._tell(text.rstrip(UNFINISHED + " "))
 

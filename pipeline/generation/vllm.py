@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from pipeline.batches import TokenBatch, pad_numbers
+from pipeline.codec import Codec
 from pipeline.distributed import Runtime
 from pipeline.errors import ConfigError, PipelineError, TrainingError
 from pipeline.generation.engine import Generations, Sampling
@@ -74,7 +75,7 @@ class VllmEngine:
         # Of sharded weights all processes have a part, and all of them ask.
         state = None if adapter is None else adapter_state(handle.trunk.model, adapter)
         model = self._on_main(lambda: self._adapters.current(handle, state, longest))
-        fixed = request_body(model, handle.codec.stop_ids, sampling)
+        fixed = request_body(model, handle.codec, sampling)
 
         def ask(prompt: Sequence[int], index: int) -> Row:
             own = {"prompt": [list(prompt)], "seed": row_seed(sampling, index)}
@@ -119,7 +120,7 @@ class VllmEngine:
             raise TrainingError(f"vLLM did not answer for sample {index}: {fault}") from fault
         vocabulary = handle.trunk.vocabulary_size
         try:
-            return read_answer(answer, handle.codec.stop_ids, body["max_tokens"], vocabulary)
+            return read_answer(answer, handle.codec, body["max_tokens"], vocabulary)
         except ValueError as error:
             raise TrainingError(
                 f"{self._server.url}/v1/completions gave no sample of the policy for sample "
@@ -194,18 +195,22 @@ class VllmEngine:
         batch = TokenBatch.from_ragged(prompt_ids[rows], made.response_ids[rows], pad_id)
         theirs = pad_numbers(made.logprobs[rows], handle.trunk.number_dtype)
 
-        def mismatch(at: float) -> float:
-            ours = infer(handle, batch, ["logprobs"], None, at)["logprobs"]
+        forbidden = handle.codec.forbidden_ids
+
+        def mismatch(at: float, without: frozenset[int]) -> float:
+            ours = infer(handle, batch, ["logprobs"], None, at, without)["logprobs"]
             return float((ours - theirs).abs()[batch.response_mask].mean())
 
         # The worst of all processes is judged, by all of them.
-        scaled = max(self._runtime.gather_objects([mismatch(temperature)]))
-        looks = temperature != 1.0 and scaled > _NEGLIGIBLE
-        if looks and max(self._runtime.gather_objects([mismatch(1.0)])) < scaled / 2:
+        scaled = max(self._runtime.gather_objects([mismatch(temperature, forbidden)]))
+        looks = (temperature != 1.0 or bool(forbidden)) and scaled > _NEGLIGIBLE
+        raw = frozenset[int]()
+        if looks and max(self._runtime.gather_objects([mismatch(1.0, raw)])) < scaled / 2:
             raise ConfigError(
-                f"the vLLM server's log-probs are those of temperature 1, but "
-                f"ppo.rollout.temperature is {temperature:g}: importance weights would be wrong. "
-                "Start the server with --logprobs-mode processed_logprobs"
+                f"the vLLM server's log-probs are those of temperature 1 over all tokens, but "
+                f"ppo.rollout.temperature is {temperature:g} and {len(forbidden)} tokens are "
+                "forbidden: importance weights would be wrong. Start the server with "
+                "--logprobs-mode processed_logprobs"
             )
         if scaled > MAX_MISMATCH:
             raise TrainingError(
@@ -216,13 +221,19 @@ class VllmEngine:
             )
 
 
-def request_body(model: str, stop_ids: frozenset[int], sampling: Sampling) -> dict[str, Any]:
+def request_body(model: str, codec: Codec, sampling: Sampling) -> dict[str, Any]:
     """All of a completion request but its prompt and seed.
 
     What would change the distribution is named even where it is vLLM's default: a server takes its
     defaults from the model's generation_config.json.
     """
-    return {
+    own: dict[str, Any] = {}
+    if codec.stop_strings:
+        own |= {"stop": list(codec.stop_strings.strings), "include_stop_str_in_output": True}
+    if codec.forbidden_ids:
+        # The strongest bias there is: exp(-100) of a probability. What it lets through is refused.
+        own["logit_bias"] = {str(id_): -100 for id_ in sorted(codec.forbidden_ids)}
+    return own | {
         "model": model,
         "max_tokens": sampling.max_new_tokens,
         "temperature": sampling.temperature,
@@ -233,7 +244,7 @@ def request_body(model: str, stop_ids: frozenset[int], sampling: Sampling) -> di
         "repetition_penalty": 1.0,
         "presence_penalty": 0.0,
         "frequency_penalty": 0.0,
-        "stop_token_ids": sorted(stop_ids),
+        "stop_token_ids": sorted(codec.stop_ids),
         "ignore_eos": False,
         "min_tokens": 0,
         "skip_special_tokens": False,
@@ -248,8 +259,11 @@ def row_seed(sampling: Sampling, index: int) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
-def read_answer(answer: Any, stop_ids: frozenset[int], max_tokens: int, vocabulary: int) -> Row:
+def read_answer(answer: Any, codec: Codec, max_tokens: int, vocabulary: int) -> Row:
     """The one response in a completion, its log-probs as they are, NaN and infinite ones included.
+
+    It ends where the codec says: the server looks for stop strings in its own decoding, and what it
+    sampled beyond one is left out.
 
     Raises:
         ValueError: it is no whole sample that ended at a stop id or at the limit.
@@ -270,13 +284,19 @@ def read_answer(answer: Any, stop_ids: frozenset[int], max_tokens: int, vocabula
         raise ValueError(f"{len(logprobs or [])} log-probs for {len(ids)} tokens")
     if not all(isinstance(x, int | float) for x in logprobs):
         raise ValueError(f"log-probs that are no numbers: {logprobs[:3]}")
-    ended = ids[-1] in stop_ids
-    if any(id_ in stop_ids for id_ in ids[:-1]):
+    if forbidden := codec.forbidden_ids.intersection(ids):
+        raise ValueError(f"it sampled the forbidden tokens {sorted(forbidden)}")
+    if not codec.stop_ids.isdisjoint(ids[:-1]):
         raise ValueError("it went on after a stop id: it passed stop_token_ids over")
+    whole = codec.until_end(ids)
+    if len(whole) < len(ids):
+        ids, logprobs, reason = whole, logprobs[: len(whole)], "stop"
+    ended = codec.ends(ids)
     if reason not in ("stop", "length") or (reason == "stop" and not ended):
         raise ValueError(
             f"it finished by {reason!r} (stop_reason {choice.get('stop_reason')!r}) on id "
-            f"{ids[-1]}, which is none of the run's stop ids {sorted(stop_ids)}"
+            f"{ids[-1]}, which is none of the run's stop ids {sorted(codec.stop_ids)} and ends "
+            f"none of its stop strings {list(codec.stop_strings.strings)}"
         )
     if not ended and len(ids) < max_tokens:
         raise ValueError(

@@ -17,12 +17,13 @@ from typing import Any
 
 from torch import Tensor
 
-from pipeline.config import VllmSection, vllm_max_rank, vllm_refusals
 from pipeline.errors import ConfigError
 from pipeline.json_http import JsonServer, ServerFault
 from pipeline.models.adapters import save_adapter
-from pipeline.models.trunk import Handle, tensors_hash
+from pipeline.models.trunk import Handle
 from pipeline.runfolder import writing
+from pipeline.tensors import tensors_hash
+from pipeline.vllm_config import VllmSection, vllm_max_rank, vllm_refusals
 
 SETTING = "ppo.rollout.vllm"
 _PREFIX = "policy-"

@@ -76,7 +76,8 @@ def add_adapter(model: Any, name: str, config: "LoraConfig") -> None:
             f"lora.target_modules do not fit {type(model).__name__}: {error}. Its linear layers "
             f"are: {known_layers(model)}"
         ) from error
-    if model.config.is_encoder_decoder:  # what plain peft makes of it: the class that generates
+    shape = getattr(model, "config", None)
+    if getattr(shape, "is_encoder_decoder", False):  # plain peft's class, which generates, too
         config.task_type = TaskType.SEQ_2_SEQ_LM
     model.peft_config = {**existing, name: config}
     slim(model)

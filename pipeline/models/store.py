@@ -22,6 +22,7 @@ from pipeline.codec import Codec
 from pipeline.config import DataSection, LoraSection, ModelSection, Tuning
 from pipeline.distributed.sharding import local, rows_like
 from pipeline.errors import ModelError
+from pipeline.generation_config import GenerationSection
 from pipeline.models import adapters, loading
 from pipeline.models.trained import TrainedState, load_head, save_head, trained_state
 from pipeline.models.trunk import BaseOrigin, Handle, Role, Trunk
@@ -49,10 +50,15 @@ class ModelStore:
         device: torch.device | str = "cpu",
         *,
         shards: bool = False,
+        generation: GenerationSection | None = None,
     ) -> None:
-        """`shards`: trunks lie on the host until `Runtime.shard` leaves each process its rows."""
+        """`shards`: trunks lie on the host until `Runtime.shard` leaves each process its rows.
+
+        `generation` is how the run samples; without it artifacts are sampled from as they were.
+        """
         self.section = model
         self.data = data
+        self.generation = generation
         self.shards = shards
         self.device = torch.device("cpu" if shards else device)
         self.computes_on = torch.device(device)
@@ -213,7 +219,7 @@ class ModelStore:
         if folder in self._live:
             return self._live[folder]
         info = read_json(folder / HANDLE)
-        codec = Codec.load(folder / "tokenizer")
+        codec = Codec.load(folder / "tokenizer").of_run(self.data.system_prompt, self.generation)
         adapter = head = None
         if info["base"] is None:
             trunk, _ = self._load_base(str(folder / "model"), None)
@@ -271,7 +277,7 @@ class ModelStore:
         return whole
 
     def _codec(self, tokenizer: Any, model: Any) -> Codec:
-        return Codec(
+        codec = Codec(
             tokenizer,
             stop_ids=loading.stop_ids(model),
             encoder_decoder=model.config.is_encoder_decoder,
@@ -279,6 +285,7 @@ class ModelStore:
             max_prompt_tokens=self.data.max_prompt_tokens,
             max_response_tokens=self.data.max_response_tokens,
         )
+        return codec.of_run(self.data.system_prompt, self.generation)
 
     def _load_base(self, path: str, revision: str | None) -> tuple[Trunk, Any]:
         identity = loading.base_identity(path, revision)

@@ -1,8 +1,7 @@
 """Trunks and handles: one base, its named adapters and its heads behind one `forward`."""
 
-import hashlib
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -29,7 +28,7 @@ from pipeline.models.heads import ScalarHead
 from pipeline.models.joiner import PackedJoiner, make_joiner
 from pipeline.models.last_layer import Reads, choose_places, last_layer_at, selective_layer
 from pipeline.models.passes import body, decoder, recomputed, recomputing, row_by_row, tail
-from pipeline.tensors import entropy, scatter, send, token_logprobs, widen
+from pipeline.tensors import entropy, scatter, send, tempered, tensors_hash, token_logprobs, widen
 
 # Elements of the logits in memory at a time: 64 MiB in float32.
 LOGITS_AT_A_TIME = 1 << 24
@@ -95,12 +94,14 @@ class Trunk(nn.Module):
         role: Role,
         want: Collection[str] = (),
         temperature: float = 1.0,
+        forbidden: Collection[int] = frozenset(),
     ) -> TrunkOutput | DecodeOutput | Tensor:
         """Run the base in a role. In a `TokenBatch`'s pass we read nothing back from the device.
 
         `want` names fields of `TrunkOutput`; logits are made at response positions only, divided
-        by `temperature`, never more at a time than `LOGITS_AT_A_TIME`. A `DecodeStep` returns a
-        `DecodeOutput`, a `Writing` the ids (B, P + new) that `generate` returns.
+        by `temperature`, without the `forbidden` ids, never more at a time than `LOGITS_AT_A_TIME`.
+        A `DecodeStep` returns a `DecodeOutput`, a `Writing` the ids (B, P + new) that `generate`
+        returns.
         """
         activate(self.model, role.adapter)
         if isinstance(batch, DecodeStep):
@@ -120,7 +121,7 @@ class Trunk(nn.Module):
         if "logprobs" in want or "entropy" in want:
             ids_n = send(batch.response_ids[mask], self.device)
             logprobs_n, entropy_n = self._token_numbers(
-                states, role, hidden_nd, ids_n, temperature, "entropy" in want
+                states, role, hidden_nd, ids_n, temperature, forbidden, "entropy" in want
             )
             out.logprobs = scatter(logprobs_n, mask)
             if "entropy" in want:
@@ -170,6 +171,7 @@ class Trunk(nn.Module):
         hidden_nd: Tensor,
         ids_n: Tensor,
         temperature: float,
+        forbidden: Collection[int],
         with_entropy: bool,
     ) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies (N,), from logits of a bounded number of rows at a time.
@@ -181,8 +183,7 @@ class Trunk(nn.Module):
 
         def numbers(hidden_nd: Tensor, ids_n: Tensor) -> tuple[Tensor, Tensor]:
             logits_nv = widen(tail(self.model, states, hidden_nd.unsqueeze(0)).squeeze(0))
-            if temperature != 1.0:
-                logits_nv = logits_nv / temperature
+            logits_nv = tempered(logits_nv, temperature, forbidden)
             logprobs_n = token_logprobs(logits_nv, ids_n, consume=not with_entropy)
             return logprobs_n, entropy(logits_nv) if with_entropy else logprobs_n.detach()
 
@@ -358,10 +359,14 @@ class Handle:
     codec: Codec = field(repr=False)
 
     def __call__(
-        self, batch: TokenBatch, want: Collection[str], temperature: float = 1.0
+        self,
+        batch: TokenBatch,
+        want: Collection[str],
+        temperature: float = 1.0,
+        forbidden: Collection[int] = frozenset(),
     ) -> TrunkOutput:
         """The role's outputs for a batch (see `Trunk.forward`)."""
-        out = self.trunk(batch, self.role, want, temperature)
+        out = self.trunk(batch, self.role, want, temperature, forbidden)
         assert isinstance(out, TrunkOutput)
         return out
 
@@ -383,13 +388,3 @@ class Handle:
     def parameters(self) -> list[nn.Parameter]:
         """What training this handle's role would train."""
         return self.trunk.role_parameters(self.role)
-
-
-def tensors_hash(named: Iterable[tuple[str, Tensor]]) -> str:
-    """SHA-256 over names and bytes of tensors, in the order of their names."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(named, key=lambda pair: pair[0]):
-        digest.update(name.encode())
-        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        digest.update(data.numpy().tobytes())
-    return digest.hexdigest()

@@ -15,13 +15,18 @@ ABSTAINED = math.nan  # stands for the score of a row that a source says nothing
 
 @dataclass(frozen=True)
 class Completions:
-    """Prompts and the responses sampled for them, as ids and as text, row by row."""
+    """Prompts and the responses sampled for them, as ids and as text, row by row.
+
+    A stop token or stop string is no part of the text.
+    """
 
     prompts: Sequence[Prompt]
     prompt_ids: Sequence[Sequence[int]]
     completion_ids: Sequence[Sequence[int]]
     texts: Sequence[str]
-    ended: Sequence[bool]  # by a stop token, not cut by the length limit
+    ended: Sequence[bool]  # by a stop token or string, not cut by the length limit
+    # The responses as training would have them (`Codec.closed_ids`), where there are stop strings.
+    closed_ids: Sequence[Sequence[int]] | None = None
 
     @classmethod
     def decode(
@@ -33,11 +38,18 @@ class Completions:
         ended: Sequence[bool],
     ) -> "Completions":
         """Completions of sampled ids, with their texts."""
-        texts = [
-            codec.text(list(ids), conversation=not isinstance(prompt.prompt, str))
+        rows = [
+            (list(ids), not isinstance(prompt.prompt, str))
             for prompt, ids in zip(prompts, completion_ids, strict=True)
         ]
-        return cls(prompts, prompt_ids, completion_ids, texts, ended)
+        texts = [codec.text(*row) for row in rows]
+        closed = [codec.closed_ids(*row) for row in rows] if codec.stop_strings else None
+        return cls(prompts, prompt_ids, completion_ids, texts, ended, closed)
+
+    @property
+    def read_ids(self) -> Sequence[Sequence[int]]:
+        """What models of ours read: the sampled ids, but for responses that a stop string ended."""
+        return self.completion_ids if self.closed_ids is None else self.closed_ids
 
     def take(self, rows: Sequence[int]) -> "Completions":
         """Some rows, in the order asked for."""
@@ -47,6 +59,7 @@ class Completions:
             completion_ids=[self.completion_ids[row] for row in rows],
             texts=[self.texts[row] for row in rows],
             ended=[self.ended[row] for row in rows],
+            closed_ids=self.closed_ids and [self.closed_ids[row] for row in rows],
         )
 
     def __len__(self) -> int:

@@ -60,9 +60,12 @@ class EvaluationSection(Section):
         "no other stage sees it, and without it the win rates are judged by the run's rewards.",
     )
     best_of_n: bool = Field(
-        True,
-        description="Whether best-of-n of the SFT policy stands beside PPO, with the n whose "
-        "log n - (n - 1) / n is nearest PPO's sequence KL in nats.",
+        True, description="Whether best-of-n of the SFT policy stands beside PPO."
+    )
+    n: PositiveInt | None = Field(
+        None,
+        description="n of best-of-n; unset, the n up to `max_n` whose log n - (n - 1) / n is "
+        "nearest PPO's sequence KL in nats.",
     )
     max_n: PositiveInt = Field(
         16, description="Largest n of best-of-n: it costs n responses a prompt."

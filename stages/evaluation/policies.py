@@ -192,8 +192,10 @@ def logprobs(
 ) -> list[list[float]]:
     """Log-probability of each token of each response under `handle`, in nats."""
     batch = TokenBatch.from_ragged(drawn.prompt_ids, drawn.completion_ids, handle.codec.pad_id)
-    found = infer(handle, batch, ["logprobs"], token_budget, temperature)["logprobs"].tolist()
-    return [row[: len(ids)] for row, ids in zip(found, drawn.completion_ids, strict=True)]
+    forbidden = handle.codec.forbidden_ids
+    found = infer(handle, batch, ["logprobs"], token_budget, temperature, forbidden)["logprobs"]
+    ids = drawn.completion_ids
+    return [row[: len(own)] for row, own in zip(found.tolist(), ids, strict=True)]
 
 
 def rouge_l(texts: Sequence[str], references: Sequence[str]) -> list[float]:

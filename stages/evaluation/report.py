@@ -139,12 +139,17 @@ def limits(metrics: dict[str, Any]) -> list[str]:
     if "best_of_n" in policies and "ppo" in policies:
         ppo_kl, other = policies["ppo"]["kl"], policies["best_of_n"]["kl"]
         n = about["best_of_n"]
-        if n == about["max_n"] and ppo_kl > best_of_n_kl(n + 1):
+        if about["n"] is not None:
+            found.append(
+                f"Best-of-n's n was set (evaluation.n = {n}): its KL is {other:.2f} nats, PPO's "
+                f"{ppo_kl:.2f}."
+            )
+        elif n == about["max_n"] and ppo_kl > best_of_n_kl(n + 1):
             found.append(
                 f"PPO's KL ({ppo_kl:.2f} nats) is beyond that of the largest n "
                 f"({other:.2f} nats at n = {n}): the two are not at equal KL."
             )
-        if n == 1:
+        if n == 1 and about["n"] is None:
             found.append(
                 "PPO's KL is nearest that of n = 1, which is the SFT policy itself: best-of-n says "
                 "nothing here."

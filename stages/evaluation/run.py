@@ -51,6 +51,7 @@ class EvaluationStage:
 
     name = "evaluation"
     title = "Evaluation"
+    samples = True
 
     def needs(self, config: Any) -> tuple[str, ...]:
         """The stages whose models it compares or asks; what PPO took elsewhere is taken there."""
@@ -164,6 +165,7 @@ class EvaluationStage:
             "gold": panel.gold and panel.gold.name,
             "best_of_n": n,
             "max_n": section.max_n,
+            "n": section.n,
             "chosen_on_the_same_prompts": config.ppo.keep == "best"
             and available < len(panel.prompts) + config.ppo.held_out.num_prompts,
             "versions": _versions(),
@@ -224,7 +226,7 @@ def _answers(
         answers["ppo"] = panel.answer(ppo, sft)
     if not section.best_of_n or section.method != "sample":  # nothing to choose from
         return answers, None
-    n = nearest_n(answers["ppo"].kl, section.max_n)
+    n = section.n or nearest_n(answers["ppo"].kl, section.max_n)
     with context.console.status(f"best of {n} answers"):
         answers["best_of_n"] = panel.best_of_n(sft, n)
     return answers, n

@@ -4,6 +4,7 @@ The YAML header follows the Hub's model-card metadata and holds Hub ids only; lo
 bases are named in the text.
 """
 
+import json
 import re
 import shlex
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ from typing import Any, Literal
 
 import yaml
 
-from pipeline.config import vllm_max_rank
+from pipeline.vllm_config import vllm_max_rank
 from stages.export.classifier import Scoring
 from stages.export.forms import FORMS, TEXT_IDS, TURN_IDS, Form
 
@@ -71,6 +72,10 @@ class CardFacts:
     rank: int | None  # of the adapter
     scoring: Scoring | None  # of a reward model
     outtype: str  # of GGUF
+    algorithm: str = "ppo"  # a tag
+    stop_strings: tuple[str, ...] = ()
+    forbidden_tokens: tuple[str, ...] = ()
+    system_prompt: str | None = None
 
 
 def model_card(facts: CardFacts) -> str:
@@ -145,7 +150,7 @@ def _header(facts: CardFacts) -> dict[str, Any]:
     generates = words.task == "text-generation"
     is_seq2seq = generates and facts.auto_class == _SEQ2SEQ
     header["pipeline_tag"] = "text2text-generation" if is_seq2seq else words.task
-    header["tags"] = list(words.tags)
+    header["tags"] = [facts.algorithm if tag == "ppo" else tag for tag in words.tags]
     datasets = dict.fromkeys(data.hub_id for data in facts.data if data.hub_id)
     if datasets:
         header["datasets"] = list(datasets)
@@ -223,7 +228,26 @@ def _prompt_note(facts: CardFacts) -> str:
     where = "set in `generation_config.json`"
     if facts.form == "gguf":
         where = "the file names one of them; give a program the others itself"
-    return f"{prompts}. Responses end at {stops} ({where})."
+    ends = f"Responses end at {stops} ({where})"
+    return " ".join([f"{prompts}.", f"{ends}.", *_sampling_notes(facts)])
+
+
+def _sampling_notes(facts: CardFacts) -> list[str]:
+    """What else the run did in sampling; a loader has to do it too."""
+    notes = []
+    if facts.stop_strings:
+        strings = list(facts.stop_strings)
+        notes.append(
+            f"In training they also ended at these strings, which are no part of the response: "
+            f"`model.generate(..., stop_strings={strings!r}, tokenizer=tokenizer)`."
+        )
+    if facts.forbidden_tokens:
+        tokens = ", ".join(f"`{token}`" for token in facts.forbidden_tokens)
+        notes.append(f"Never sampled: {tokens} (set in `generation_config.json`).")
+    if facts.system_prompt is not None:
+        text = json.dumps(facts.system_prompt, ensure_ascii=False)
+        notes.append(f"Conversations without a system turn were given this one: `{text}`.")
+    return notes
 
 
 def _data_table(data: tuple[Data, ...]) -> str:

@@ -58,6 +58,7 @@ class ExportStage:
 
     name = "export"
     title = "Export"
+    samples = False
 
     def needs(self, config: Any) -> tuple[str, ...]:
         """The exported models, and the evaluation whose numbers the cards state."""
@@ -200,7 +201,11 @@ class _Export:
 
 
 def _write_generation_config(handle: Handle, folder: Path) -> None:
-    """It ends where the policy ends."""
+    """It ends where the policy ends, and never samples what the policy never did.
+
+    Its stop strings stand in the card: with them in the config, transformers' `generate` would
+    refuse whoever does not hand it the tokenizer.
+    """
     from transformers import GenerationConfig
 
     codec = handle.codec
@@ -208,6 +213,8 @@ def _write_generation_config(handle: Handle, folder: Path) -> None:
     config = copy.deepcopy(own) if own is not None else GenerationConfig()
     config.eos_token_id = sorted(codec.stop_ids)
     config.pad_token_id = codec.pad_id
+    if codec.forbidden_ids:
+        config.suppress_tokens = sorted(codec.forbidden_ids)
     with writing(folder):
         config.save_pretrained(str(folder))
 
@@ -234,6 +241,10 @@ def _facts(
         stop_tokens=tuple(codec.tokenizer.convert_ids_to_tokens(sorted(codec.stop_ids))),
         end_token=codec.tokenizer.convert_ids_to_tokens(codec.end_id),
         lead=codec.lead,
+        algorithm=config.ppo.algorithm.replace("_", "-"),
+        stop_strings=codec.stop_strings.strings,
+        forbidden_tokens=tuple(codec.tokenizer.convert_ids_to_tokens(sorted(codec.forbidden_ids))),
+        system_prompt=codec.system_prompt,
         template="own" if own_template else "plain" if codec.has_template else "none",
         text_as_turn=own_template and codec.chat_template == "auto",
         versions=read_json(evaluation / "metrics.json")["about"]["versions"],
@@ -255,15 +266,16 @@ def _start(config: Any) -> tuple[str, str | None]:
 
 def _steps(config: Any) -> str:
     sft = "" if config.ppo.policy else "supervised fine-tuning on demonstrations, "
+    method = {"ppo": "PPO", "rejection_sampling": "rejection sampling"}[config.ppo.algorithm]
     rewards = config.ppo.rewards
     trained = "a reward model from ranked responses, and " if uses_own(rewards) else ""
     if rewards is None or rewards == OWN:
-        return f"{sft}{trained}PPO against it"
+        return f"{sft}{trained}{method} against it"
     if isinstance(rewards, str):
         local = resource_path(rewards).exists()
-        return f"{sft}PPO against the reward `{Path(rewards).name if local else rewards}`"
+        return f"{sft}{method} against the reward `{Path(rewards).name if local else rewards}`"
     names = ", ".join(f"`{name}`" for name in source_names(rewards))
-    return f"{sft}{trained}PPO against the rewards {names}"
+    return f"{sft}{trained}{method} against the rewards {names}"
 
 
 def _data(report: Mapping[str, Any]) -> tuple[Data, ...]:

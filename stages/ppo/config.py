@@ -25,6 +25,7 @@ from stages.ppo.learning_config import (
     KlSection,
     PpoOptimSection,
 )
+from stages.ppo.rejection_config import RejectionSection, check_rejection
 from stages.ppo.rollout_config import HeldOutSection, RecordSection, RolloutSection
 
 
@@ -117,8 +118,13 @@ class StopSection(Section):
 
 
 class PpoSection(Section):
-    """Policy optimisation with PPO against the reward model."""
+    """Policy optimisation against the reward model: PPO, or a cheaper baseline beside it."""
 
+    algorithm: Literal["ppo", "rejection_sampling"] = Field(
+        "ppo",
+        description="`ppo`, or `rejection_sampling`: cross-entropy on the best of several responses"
+        " to each prompt, without a value model (docs/baselines.md).",
+    )
     policy: Resource | None = Field(
         None,
         description="Hub id, folder or run (its SFT) to start from; default: this run's SFT.",
@@ -149,6 +155,9 @@ class PpoSection(Section):
         "evaluations and `keep` are then of the average, and the trained policy samples.",
     )
     rollout: RolloutSection = Field(RolloutSection(), description="Sampling.")
+    rejection: RejectionSection = Field(
+        RejectionSection(), description="What `algorithm: rejection_sampling` keeps."
+    )
     curriculum: CurriculumSection = Field(
         CurriculumSection(), description="Order of the prompts, from easy to hard."
     )
@@ -181,16 +190,23 @@ class PpoSection(Section):
         return {**data, "optim": {**optim, "learning_rate": rate}}
 
     @model_validator(mode="after")
+    def _settings_fit_the_algorithm(self) -> "PpoSection":
+        check_rejection(self)
+        return self
+
+    @model_validator(mode="after")
     def _minibatches_divide_rollouts(self) -> "PpoSection":
-        rollout, minibatches = self.rollout, self.optim.minibatches
-        size, rest = divmod(rollout.num_rollouts, minibatches)
+        prompts, minibatches = self.rollout.prompts_per_iteration, self.optim.minibatches
+        field, each = "ppo.rollout.responses_per_prompt", self.rollout.responses_per_prompt
+        if self.algorithm == "rejection_sampling":
+            field, each = "ppo.rejection.keep", self.rejection.keep
+        total = prompts * each
+        size, rest = divmod(total, minibatches)
         if rest:
             raise ValueError(
-                f"ppo.rollout.prompts_per_iteration x ppo.rollout.responses_per_prompt = "
-                f"{rollout.prompts_per_iteration} x {rollout.responses_per_prompt} = "
-                f"{rollout.num_rollouts} rollouts, not divisible by ppo.optim.minibatches = "
-                f"{minibatches} ({rollout.num_rollouts} = {minibatches} x {size} + {rest}): "
-                "change one of the three"
+                f"ppo.rollout.prompts_per_iteration x {field} = {prompts} x {each} = {total} "
+                f"rollouts, not divisible by ppo.optim.minibatches = {minibatches} "
+                f"({total} = {minibatches} x {size} + {rest}): change one of the three"
             )
         return self
 

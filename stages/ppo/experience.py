@@ -31,7 +31,7 @@ class Experience:
     advantages: Tensor
     returns: Tensor
     explained_variance: float  # of the returns, by the values before this iteration's update
-    mean_lambda: float  # of the policy's advantages, over responses
+    mean_lambda: float | None = None  # of the policy's advantages, over responses, if it varies
 
 
 def appraise(
@@ -57,11 +57,11 @@ def appraise(
 
 def _decoupled_gae(
     rewards: Tensor, rollout: Rollout, section: AdvantageSection, all_sum: AllSum
-) -> tuple[Tensor, Tensor, float]:
-    """Advantages by the policy's lambda, returns by the value's (B, R), the former's mean."""
+) -> tuple[Tensor, Tensor, float | None]:
+    """Advantages by the policy's lambda, returns by the value's (B, R); its mean if it varies."""
     mask, values, gamma = rollout.mask, rollout.values, section.gamma
     policy_lambda: float | Tensor = section.gae_lambda
-    mean_lambda = section.gae_lambda
+    mean_lambda: float | None = None
     if section.length_adaptive_alpha is not None:
         lengths = rollout.batch.response_lengths
         policy_lambda = length_adaptive_lambda(lengths, section.length_adaptive_alpha)

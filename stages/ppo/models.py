@@ -5,6 +5,7 @@
 | lora | adapter, copied from the start's | the start, frozen | adapter, copied from the reward's |
 | full | own weights, from the start's | the start, frozen | own weights, from the reward's |
 
+With `ppo.algorithm: rejection_sampling` there is no value model.
 With `ppo.value: shared` the value is a head on the policy's hidden states. Without a reward model
 of ours, or with several, the value model starts from the policy's start with a zero head. With full
 fine-tuning the reference may lie on another device or in another type (`ppo.reference`).
@@ -37,17 +38,17 @@ from stages.ppo.config import ReferenceSection
 
 @dataclass(frozen=True)
 class Models:
-    """Handles of one PPO run; only policy and value are trained."""
+    """Handles of one run; only policy and value are trained."""
 
     policy: Handle
     reference: Handle
-    value: Handle
+    value: Handle | None  # of PPO
 
     def roles(self, rewards: RewardSource | None) -> Roles:
         """Every model in memory by its role; a function as a reward is none."""
         found: dict[str, Handle | nn.Module] = {
             "policy": self.policy,
-            "value": self.value,
+            **({} if self.value is None else {"value": self.value}),
             "reference": self.reference,
         }
         return found | reward_roles(models_of(rewards))
@@ -58,7 +59,9 @@ class Models:
         return list({id(handle.trunk): handle.trunk for handle in handles}.values())
 
     def release_value(self) -> None:
-        """Take the value model off trunks that live on."""
+        """Take the value model, if there is one, off trunks that live on."""
+        if self.value is None:
+            return
         trunk, role = self.value.trunk, self.value.role
         if trunk.shards is not None:  # such trunks are let go of
             return
@@ -130,15 +133,9 @@ def build_models(
     """
     section, lora = config.ppo, config.lora
     policy = store.trainable_copy(start, "policy", section.tuning, lora)
-    source = value_source(rewards)
-    if section.value == "shared":
-        value = _with_head(policy, None)
-    else:
-        origin = start if source is None else source.handle
-        copied = store.trainable_copy(origin, "value", section.tuning, lora)
-        if section.tuning == "full":
-            copied.trunk.drop_output_layer()
-        value = _with_head(copied, source)
+    value = None
+    if section.algorithm == "ppo":
+        value = _value_model(policy, start, value_source(rewards), config, store)
     # Last: all that starts from the start's weights has them by now.
     reference = start.with_role("reference")
     if section.reference.is_set:
@@ -160,6 +157,20 @@ def value_source(rewards: RewardSource | None) -> WeightedModel | None:
     """
     found = weighted_models(rewards)
     return found[0] if len(found) == 1 else None
+
+
+def _value_model(
+    policy: Handle, start: Handle, source: WeightedModel | None, config: Any, store: ModelStore
+) -> Handle:
+    """A head on the policy, or a copy of the reward model (`source`) or else of the start."""
+    section = config.ppo
+    if section.value == "shared":
+        return _with_head(policy, None)
+    origin = start if source is None else source.handle
+    copied = store.trainable_copy(origin, "value", section.tuning, config.lora)
+    if section.tuning == "full":
+        copied.trunk.drop_output_layer()
+    return _with_head(copied, source)
 
 
 def _placed(

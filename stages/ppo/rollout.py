@@ -159,7 +159,12 @@ def collect(
     if reference_length is not None:
         judged = length_normalised(scores, batch.response_lengths, reference_length)
     ref_logprobs = infer(
-        reference, batch, ["logprobs"], section.micro_batch_tokens, section.temperature
+        reference,
+        batch,
+        ["logprobs"],
+        section.micro_batch_tokens,
+        section.temperature,
+        codec.forbidden_ids,
     )["logprobs"]
     return Rollout(
         prompts=list(prompts),
@@ -197,11 +202,11 @@ def _own_numbers(
     budget, temperature = section.micro_batch_tokens, section.temperature
     if missing:
         asked = value if value is not None and shared else policy
-        own |= infer(asked, batch, missing, budget, temperature)
+        own |= infer(asked, batch, missing, budget, temperature, policy.codec.forbidden_ids)
     if value is None:
         own["values"] = torch.zeros_like(own["logprobs"])
     elif not shared:
-        own |= infer(value, batch, ["values"], budget, temperature)
+        own |= infer(value, batch, ["values"], budget)
     if not sampled.exact and sampled.logprobs is not None and section.importance_cap is not None:
         theirs = pad_numbers(sampled.logprobs, dtype)
         own["importance"] = importance_weights(

@@ -11,8 +11,8 @@ from pipeline.config import (
     Positive,
     PositiveInt,
     Section,
-    VllmSection,
 )
+from pipeline.vllm_config import VllmSection
 
 
 class RolloutSection(Section):

@@ -6,7 +6,8 @@ clipped policy and value losses; InstructGPT's language-model term is `ppo.optim
 its like for demonstrations `ptx_coef`. What else can be added is in docs/ppo-options.md.
 Deliberate deviations: losses are divided by the global count of response tokens, not averaged over
 sequences; gradients of policy and value model are clipped apart; a step of the learning-rate
-schedule is an iteration.
+schedule is an iteration. With `ppo.algorithm: rejection_sampling` the same stage trains by
+cross-entropy on the best responses instead (`rejection.py`).
 
     rlhf ppo configs/quickstart.yaml ppo.kl_coef=0.1
 """
@@ -37,9 +38,10 @@ from stages.ppo.interviewer import Interviewer, check_prompts
 from stages.ppo.kl import KlControl, datasets
 from stages.ppo.models import build_models, open_rewards, open_start
 from stages.ppo.ptx import language_model_terms
+from stages.ppo.rejection import RejectionUpdater, best_responses
 from stages.ppo.rollout import Rollout
 from stages.ppo.samples import FixedTexts, SampleFiles
-from stages.ppo.update import Updater, update_metrics
+from stages.ppo.update import Updater
 
 HELD_OUT_METRICS = ("score", "reward", "kl", "response_tokens", "eos_rate")
 
@@ -49,6 +51,7 @@ class PpoStage:
 
     name = "ppo"
     title = "policy optimisation (PPO)"
+    samples = True
 
     def needs(self, config: Any) -> tuple[str, ...]:
         """The run's SFT and reward model, where the config names no others."""
@@ -97,7 +100,8 @@ class Training:
         self.interviewer = Interviewer(context, self.models, self.rewards)
         actor_critic = ActorCritic(self.models.policy, self.models.value)
         runtime.shard(*self.models.trunks(self.rewards))
-        self.updater = Updater(
+        updater = RejectionUpdater if section.algorithm == "rejection_sampling" else Updater
+        self.updater = updater(
             actor_critic,
             section.optim,
             runtime,
@@ -191,8 +195,7 @@ class Training:
         rollout = self.collect(iteration)
         self.sampled = iteration
         clock.append(time.perf_counter())
-        coefs = self.kl.coefs(rollout.prompts)
-        experience = appraise(rollout, coefs, self.section.advantage, self.runtime.all_sum)
+        experience = self.appraise(rollout)
         metrics = self.update(experience, iteration)
         clock.append(time.perf_counter())
         metrics |= {"seconds_collect": clock[1] - clock[0], "seconds_update": clock[2] - clock[1]}
@@ -237,6 +240,14 @@ class Training:
         """Sample and score this process's share of the iteration's prompts."""
         return self.interviewer.rollouts(iteration)
 
+    def appraise(self, rollout: Rollout) -> Experience:
+        """What the update learns from a rollout."""
+        section, coefs = self.section, self.kl.coefs(rollout.prompts)
+        if section.algorithm == "rejection_sampling":
+            each = section.rollout.responses_per_prompt
+            return best_responses(rollout, coefs, section.rejection.keep, each)
+        return appraise(rollout, coefs, section.advantage, self.runtime.all_sum)
+
     def update(self, experience: Experience, iteration: int) -> dict[str, float]:
         """One update of policy and value, or of the value alone while it warms up."""
         warm = iteration > self.section.optim.value_warmup_iterations
@@ -246,11 +257,8 @@ class Training:
             self.runtime.all_sum,
             self.section.rollout.importance_cap,
         )
-        metrics["explained_variance"] = experience.explained_variance
         metrics |= self.kl.measured(experience.rollout, self.runtime.all_sum)
         metrics |= self.kl.metrics(metrics)
-        if self.section.advantage.length_adaptive_alpha is not None:
-            metrics["gae_lambda"] = experience.mean_lambda
         metrics |= self.interviewer.order.metrics(iteration - 1)
         if self.section.stop.action == "roll_back":
             metrics["rollbacks"] = float(self.rollbacks)
@@ -263,7 +271,8 @@ class Training:
             self.kl.update(metrics, self.section.rollout.num_rollouts)
             if self.average is not None:
                 self.average.update()
-        return metrics | update_metrics(steps) | self.updater.learning_rates()
+        found = self.updater.metrics(experience, steps)
+        return metrics | found | self.updater.learning_rates()
 
     def stop_reason(self, metrics: Mapping[str, float]) -> str | None:
         """Which rule of `ppo.stop` the run has broken for too long, if any."""

@@ -68,17 +68,18 @@ class Updater:
         self.temperature = temperature
         self.terms = terms
         self.codec = actor_critic.policy.codec
-        self.pad_id = self.codec.pad_id
+        self.pad_id, self.forbidden = self.codec.pad_id, self.codec.forbidden_ids
         trunk = actor_critic.policy.trunk
         # Tokens of a micro-batch; halved where memory runs out.
         self.micro_batch_tokens = trunk.token_budget(section.micro_batch_tokens)
         self.packs = all(trunk.packs for trunk in actor_critic.distinct_trunks())
         for trunk in actor_critic.distinct_trunks():
             trunk.recompute = section.gradient_checkpointing
-        self.groups = {
+        groups = {
             "policy": actor_critic.policy_parameters(),
             "value": actor_critic.value_parameters(),
         }
+        self.groups = {name: parameters for name, parameters in groups.items() if parameters}
         self.peak_rates = {
             "policy": section.learning_rate,
             "value": section.value_learning_rate or section.learning_rate,
@@ -137,6 +138,13 @@ class Updater:
                 steps.append(replace(step, grad_norms=norms))
         return steps
 
+    def metrics(self, experience: Experience, steps: Sequence[Step]) -> dict[str, float]:
+        """What an iteration's update is logged as."""
+        found = {"explained_variance": experience.explained_variance}
+        if experience.mean_lambda is not None:
+            found["gae_lambda"] = experience.mean_lambda
+        return found | update_metrics(steps)
+
     def state(self) -> dict[str, Any]:
         """What training changes: weights, and the optimiser's numbers of each."""
         return self.steps.tensors()
@@ -185,7 +193,7 @@ class Updater:
 
         def attempt(tokens: int) -> Step:
             self.micro_batch_tokens = tokens
-            self.steps.begin(["policy", "value"] if train_policy else ["value"])
+            self.steps.begin(list(self.groups) if train_policy else ["value"])
             found = self._accumulate(experience, rows, train_policy, place)
             language = {
                 term.name: self._accumulate_language(term, pairs, place) for term, pairs in drawn
@@ -271,7 +279,9 @@ class Updater:
         self, experience: Experience, rows: list[int], want: Collection[str]
     ) -> tuple[Tensor, Tensor]:
         with self.runtime.autocast():
-            out = self.steps.module(experience.rollout.batch.take(rows), want, self.temperature)
+            out = self.steps.module(
+                experience.rollout.batch.take(rows), want, self.temperature, self.forbidden
+            )
         return losses(self.section, experience, rows, out)
 
     def _accumulate_language(

@@ -52,6 +52,7 @@ class RewardStage:
 
     name = "reward"
     title = "reward model"
+    samples = True
 
     def needs(self, config: Any) -> tuple[str, ...]:
         """The SFT model: to start from, and to sample the responses that set the score's zero."""

@@ -26,5 +26,10 @@ class SftSection(FitSection):
     tuning: Tuning = Field(
         "full", description="`full` trains all weights; `lora` an adapter on the frozen base."
     )
+    all_turns: bool = Field(
+        False,
+        description="Train on every assistant turn of a conversation, each with the turns before "
+        "it as its prompt; otherwise on the last one.",
+    )
     epochs: Positive = Field(3.0, description="Passes over the training demonstrations.")
     optim: SftOptimSection = Field(SftOptimSection(), description="AdamW and its schedule.")

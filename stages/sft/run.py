@@ -14,7 +14,7 @@ from pipeline.codec import PLAIN_CHAT_TEMPLATE, Codec
 from pipeline.errors import DataError
 from pipeline.hf_trainer import FitSummary
 from pipeline.models.trunk import Handle
-from pipeline.records import Demonstration, PromptText
+from pipeline.records import Demonstration, PromptText, each_reply
 from pipeline.stage import Context, Summary
 from pipeline.trainer_callbacks import MeasuredMemory
 from stages.sft.trainer import DemonstrationRows, SftTrainer
@@ -25,6 +25,7 @@ class SftStage:
 
     name = "sft"
     title = "supervised fine-tuning"
+    samples = False
 
     def needs(self, config: Any) -> tuple[str, ...]:
         """It starts the chain."""
@@ -55,8 +56,10 @@ class SftStage:
             )
         handle = trainable(base_handle(context, split.train), context)
         handle.codec.counts.clear()
-        train = tokenised(handle.codec, split.train)
-        held_out = tokenised(handle.codec, split.held_out[: context.config.sft.eval_rows])
+        section = context.config.sft
+        train = tokenised(handle.codec, replies(split.train, every=section.all_turns))
+        evaluated = replies(split.held_out, every=section.all_turns)[: section.eval_rows]
+        held_out = tokenised(handle.codec, evaluated)
         cuts = context.report_cuts(handle.codec)
         fit = train_handle(handle, train, held_out, context)
         context.save(handle)
@@ -128,6 +131,11 @@ def train_handle(
     fit = trainer.fit()
     handle.trunk.freeze()
     return fit
+
+
+def replies(rows: Sequence[Demonstration], *, every: bool) -> Sequence[Demonstration]:
+    """What is trained on of conversations: `every` assistant turn, or the last one of each."""
+    return [reply for row in rows for reply in each_reply(row)] if every else rows
 
 
 def tokenised(codec: Codec, demonstrations: Sequence[Demonstration]) -> DemonstrationRows:

@@ -21,9 +21,15 @@ from pipeline.config import (
     Section,
 )
 from pipeline.errors import CheckpointError, Interrupted, PipelineError, TrainingError
-from pipeline.keys import difference, resource_fingerprint
+from pipeline.keys import difference, resource_fingerprint, stage_material
 from pipeline.resume import States
 from pipeline.runfolder import RunFolder
+from stages.config import RunConfig
+from stages.evaluation.run import EvaluationStage
+from stages.export.run import ExportStage
+from stages.ppo.run import PpoStage
+from stages.reward.run import RewardStage
+from stages.sft.run import SftStage
 
 
 class MemorySection(Section):
@@ -53,6 +59,7 @@ class Step:
     name: str
     parents: tuple[str, ...] = ()
     title: str = "Step"
+    samples: bool = False
     ran: list[str] = field(default_factory=list)
     fails: bool = False
     checkpoint: bool = False
@@ -314,3 +321,26 @@ def test_a_module_is_known_by_its_file(tmp_path, monkeypatch):
 def test_a_machine_without_git_has_no_commit(monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert pipeline.environment._commit() is None
+
+
+def test_what_is_sampled_is_in_the_keys_of_stages_that_sample():
+    """Another stop string makes no SFT model anew; another system prompt does."""
+    plain = {"model": {"path": "m"}}
+    stops = {**plain, "generation": {"stop_strings": ["END"]}}
+    spoken = {**plain, "data": {"system_prompt": "be kind"}}
+    classes = (SftStage, RewardStage, PpoStage, EvaluationStage, ExportStage)
+
+    def changed(one, other):
+        found = set()
+        for stage in (make() for make in classes):
+            materials = [
+                stage_material(stage, RunConfig.model_validate(c), lambda kind: "", {})
+                for c in (one, other)
+            ]
+            if materials[0] != materials[1]:
+                found.add(stage.name)
+        return found
+
+    assert changed(plain, stops) == {"reward", "ppo", "evaluation"}
+    assert changed(plain, spoken) == {"sft", "reward", "ppo", "evaluation", "export"}
+    assert changed(plain, dict(plain)) == set()

@@ -113,6 +113,10 @@ def test_a_model_in_a_folder_fits(model: Path) -> None:
             "lora.target_modules=[query]",
             "lora.target_modules has 'query', but LlamaForCausalLM has no such layer",
         ),
+        (
+            "generation.forbidden_tokens=[zebra]",
+            "generation.forbidden_tokens has 'zebra', which is 5 tokens",
+        ),
     ],
 )
 def test_a_model_that_does_not_fit(model: Path, override: str, message: str) -> None:

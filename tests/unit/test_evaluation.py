@@ -141,6 +141,18 @@ def test_best_of_n_is_at_ppos_kl_and_never_worse_than_its_first_candidate(judged
     assert max(better) > 0
 
 
+def test_n_can_be_set(tmp_path: Path) -> None:
+    """Whatever PPO's KL; each response is the best of the first candidates of n = 3."""
+    run = TinyRun(config(tmp_path, n=3, max_n=2))
+    metrics, samples = evaluate(run)
+    assert metrics["about"]["best_of_n"] == 3
+    assert metrics["policies"]["best_of_n"]["kl"] == pytest.approx(math.log(3) - 2 / 3)
+    report = (run.run.stage("evaluation").artifact / "report.md").read_text(encoding="utf-8")
+    assert "Best-of-n's n was set (evaluation.n = 3): its KL is 0.43 nats" in report
+    assert "not at equal KL" not in report
+    assert all(row["best_of_n"]["score"] >= row["sft"]["score"] - 1e-5 for row in samples)
+
+
 def test_ceiling_is_the_gold_orders_accuracy(judged: Judged) -> None:
     # By shortness: " A lamp." > " Nothing." > " A lamp is gone." and " Nothing." > " Keys lost.".
     # Labelers: gone > lamp (wrong), gone > Nothing (wrong), lamp > Nothing (right); Nothing > Keys

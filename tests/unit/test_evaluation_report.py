@@ -36,7 +36,8 @@ METRICS: dict[str, Any] = {
         "seed": 3, "prompts": 500, "prompts_wanted": 500, "temperature": 1.0,
         "decoding": {"method": "sample", "top_k": 0, "top_p": 1.0, "num_beams": 1},
         "max_new_tokens": 48, "rewards": "reward model", "gold": "gold", "best_of_n": 16,
-        "max_n": 16, "chosen_on_the_same_prompts": False, "prompts_cut": 0, "versions": {},
+        "max_n": 16, "n": None,
+        "chosen_on_the_same_prompts": False, "prompts_cut": 0, "versions": {},
     },
 }  # fmt: skip
 

@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pipeline.batches import TokenBatch
 from pipeline.errors import ModelError
 from pipeline.generation import NativeEngine, Sampling
+from pipeline.generation_config import GenerationSection
+from pipeline.stop_strings import StopStrings
 from stages.export.run import ExportStage
 from tests.unit.tiny_run import POSTS, TinyRun, config
 
@@ -191,3 +193,27 @@ def test_tied_embeddings_are_never_untied(tmp_path: Path) -> None:
     lora = settings.lora.model_copy(update={"target_modules": ("q_proj", "embed_tokens")})
     with pytest.raises(ModelError, match=r"Set export\.merged to false"):
         export(TinyRun(settings.model_copy(update={"lora": lora})))
+
+
+def test_the_card_and_config_say_how_the_policy_was_sampled(tmp_path: Path) -> None:
+    run = TinyRun(config(tmp_path))
+    section = GenerationSection(stop_strings=("\n\n", "END"), forbidden_tokens=(7, 40))
+    run.policy.codec.stop_strings = StopStrings(run.policy.codec.tokenizer, section.stop_strings)
+    run.policy.codec.forbidden_ids = frozenset(section.forbidden_tokens)
+    run.policy.codec.system_prompt = 'Be "kind".'
+    folder = export(run)
+    card = (folder / "merged/README.md").read_text(encoding="utf-8")
+    assert r"generate(..., stop_strings=['\n\n', 'END'], tokenizer=tokenizer)" in card
+    assert r'without a system turn were given this one: `"Be \"kind\"."`' in card
+    first, second = run.policy.codec.tokenizer.convert_ids_to_tokens([7, 40])
+    assert f"Never sampled: `{first}`, `{second}`" in card
+    # Plain transformers: the forbidden tokens are never written, by the exported config alone.
+    model, tokenizer = load(folder, "merged"), AutoTokenizer.from_pretrained(folder / "merged")
+    assert model.generation_config.suppress_tokens == [7, 40]
+    ids = torch.tensor([tokenizer.encode(POSTS[0])])
+    written = model.generate(input_ids=ids, max_new_tokens=12, do_sample=False)
+    own = NativeEngine().generate(
+        run.policy, [ids[0].tolist()], [0], Sampling(max_new_tokens=12, temperature=0)
+    )
+    plain = written[0, ids.shape[1] :].tolist()
+    assert run.policy.codec.until_end(plain) == own.response_ids[0]

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from pipeline.batches import TokenBatch
-from pipeline.config import vllm_max_rank
 from pipeline.errors import ModelError
 from pipeline.models.trunk import Handle
+from pipeline.vllm_config import vllm_max_rank
 from stages.config import RunConfig
 from stages.export.card import on_hub
 from tests.unit.test_export import assert_same_policy, export, load

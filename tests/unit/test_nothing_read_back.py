@@ -60,7 +60,7 @@ def test_ppo(tuning: str, value: str, recompute: bool, monkeypatch: Any) -> None
         trunk.recompute = recompute
     for want in ppo.updater._passes(train_policy=True):
         rows = [0, 3, 5]
-        out = module(experience.rollout.batch.take(rows), want, 0.7)
+        out = module(experience.rollout.batch.take(rows), want, 0.7, frozenset({3, 9}))
         loss, sums = losses(ppo.section.optim, experience, rows, out)
         loss.backward()
         assert sums.device == META

@@ -6,6 +6,7 @@ import pytest
 
 from pipeline.codec import Codec
 from pipeline.generation import LocalEngine, NativeEngine, Sampling, StaticEngine, TextStream
+from pipeline.generation_config import GenerationSection
 from pipeline.models.loading import train_tokenizer
 from pipeline.records import Message
 
@@ -94,3 +95,17 @@ def test_a_beam_search_is_not_heard(make_handle) -> None:
         handle, [prompt], [0], sampling, lambda _row, token: heard.append(token)
     )
     assert written.response_ids[0] and heard == []
+
+
+def test_what_may_begin_a_stop_string_is_held_back(codec: Codec) -> None:
+    stopping = codec.sampling_by(GenerationSection(stop_strings=("\nEnd", "ENDE")))
+    ids = [*codec.tokenizer.encode("go E\nEN\nEnd", add_special_tokens=False)]
+    assert stopping.ends(ids) and stopping.text(ids) == "go E\nEN"
+    found = pieces(stopping, ids)
+    # Each piece as soon as no stop string can begin with it: `E` and a line's end may.
+    assert found == ["g", "o", "", "", " E", "", "\n", "EN", "", "", "", ""]
+    draw = random.Random(1)
+    letters = codec.tokenizer.encode("\nENDd", add_special_tokens=False)
+    for _ in range(200):
+        drawn = stopping.until_end([draw.choice(letters) for _ in range(30)])
+        assert "".join(pieces(stopping, drawn)) == stopping.text(drawn)

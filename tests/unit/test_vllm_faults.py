@@ -8,13 +8,16 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from pipeline.config import VllmSection, key_values
+from pipeline.codec import Codec
+from pipeline.config import key_values
 from pipeline.errors import ConfigError, TrainingError
 from pipeline.generation import NativeEngine
 from pipeline.generation.vllm import read_answer
 from pipeline.json_http import JsonServer, ServerFault
+from pipeline.models.loading import train_tokenizer
 from pipeline.models.trunk import Handle
 from pipeline.not_finite import NotFinite
+from pipeline.vllm_config import VllmSection
 from stages.config import RunConfig
 from stages.ppo.config import PpoSection
 from tests.tiny_vllm import GREEDY, PROMPTS, engine_of, make_policy
@@ -258,7 +261,8 @@ def answer(ids: list[int], reason: str = "length") -> dict[str, Any]:
 
 
 def test_ends_are_known_by_ids() -> None:
-    stops = frozenset({2, 3})
+    stops = Codec(train_tokenizer(["any text"], 258))
+    stops.stop_ids = frozenset({2, 3})
     assert read_answer(answer([7, 3], "stop"), stops, 4, 10) == ([7, 3], [-1.0, -1.0], True)
     assert read_answer(answer([7] * 4), stops, 4, 10)[2] is False
     # A stop id as the last token that fits: the native engine calls that ended, too.
