@@ -8,6 +8,7 @@ merge across the seam into tokens that a sampling policy never sees. Special tok
 import copy
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from pipeline.runfolder import read_json, write_json_atomic, writing
 
 PROMPTS_CUT = "prompts cut to data.max_prompt_tokens"
 RESPONSES_CUT = "responses cut to data.max_response_tokens"
+POSITIONS_CUT = "prompts cut to the positions that the model has beside the responses"
 
 # The transcript format of Anthropic's HH data, for conversations on a tokenizer with no template.
 PLAIN_CHAT_TEMPLATE = (
@@ -27,6 +29,8 @@ PLAIN_CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
 )
 
+MOST_TOKENS = 1 << 20  # of a model whose config names no limit
+
 _SENTINEL = "\ue000{}\ue001"  # private-use characters: no template and no real text holds them
 _SENTINELS = re.compile("\ue000(\\d+)\ue001")
 
@@ -36,8 +40,12 @@ class Codec:
 
     `stop_ids` end a response; `end_id` is the one of them that training appends. `pad_id` only
     fills tensors: ends are known by lengths, never by looking for a pad. `counts` tells how many
-    prompts and responses were cut to their limits.
+    prompts and responses were cut to their limits. `max_tokens`, of a model that is not the
+    policy's base (`ModelStore.other_base`), are the positions that prompt and response share.
     """
+
+    rows = "joined"  # how a model sees a prompt and a response (`PairCodec`: as a pair)
+    max_tokens: int | None = None
 
     def __init__(
         self,
@@ -48,12 +56,8 @@ class Codec:
         max_prompt_tokens: int = 512,
         max_response_tokens: int = 512,
     ) -> None:
-        if tokenizer.eos_token_id is None and not stop_ids:
-            raise ModelError(
-                f"tokenizer {tokenizer.name_or_path!r} has no end-of-sequence token: responses "
-                "could never end. Set eos_token in its tokenizer_config.json."
-            )
         self.tokenizer = tokenizer
+        self.stop_ids = self._stops(stop_ids)
         self.chat_template = chat_template
         self.max_prompt_tokens = max_prompt_tokens
         self.max_response_tokens = max_response_tokens
@@ -66,15 +70,15 @@ class Codec:
         self._string_as_turn = chat_template == "auto" and bool(tokenizer.chat_template)
         self._template = tokenizer.chat_template or PLAIN_CHAT_TEMPLATE
         self._rendered_turns = False
-        eos = tokenizer.eos_token_id
-        self.stop_ids = stop_ids | ({eos} if eos is not None else frozenset())
-        self._lead, self.end_id = self._probe_template()
+        self._lead, after = self._probe_template()
+        self.end_id = self._end(after)
         self.pad_id: int = self.end_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
-    def prompt_ids(self, prompt: PromptText) -> list[int]:
+    def prompt_ids(self, prompt: PromptText, limit: int | None = None) -> list[int]:
         """Token ids of a rendered prompt, BOS included where the tokenizer has one.
 
-        Prompts longer than `max_prompt_tokens` keep their end (and BOS): the last turn matters.
+        Those longer than `max_prompt_tokens` (or `limit`) keep their end (and BOS): the last turn
+        matters.
         """
         turns = self._turns(prompt)
         if turns is None:
@@ -83,26 +87,53 @@ class Codec:
                 ids = ids[:-1]  # some tokenizers close every text; a prompt must stay open
         else:
             ids = self._encode_turns(turns)
-        if len(ids) <= self.max_prompt_tokens:
+        most = self._prompt_limit(len(ids), limit)
+        if len(ids) <= most:
             return ids
-        self.counts[PROMPTS_CUT] += 1
         keep_bos = ids[:1] if ids[0] == self.tokenizer.bos_token_id else []
-        return keep_bos + ids[len(ids) - self.max_prompt_tokens + len(keep_bos) :]
+        return keep_bos + ids[len(ids) - most + len(keep_bos) :]
 
-    def response_ids(self, text: str, conversation: bool = False) -> list[int]:
+    def _prompt_limit(self, length: int, limit: int | None) -> int:
+        """The tokens that a prompt of `length` may have; one that has more is counted as cut."""
+        most = self.max_prompt_tokens if limit is None else min(limit, self.max_prompt_tokens)
+        if length > most:
+            self.counts[PROMPTS_CUT if most == self.max_prompt_tokens else POSITIONS_CUT] += 1
+        return most
+
+    def response_ids(
+        self, text: str, conversation: bool = False, *, ended: bool = True
+    ) -> list[int]:
         """Token ids of a response, closed by `end_id`; cut without it at `max_response_tokens`.
 
         `conversation` says that the prompt is one, so that the template's lead (a blank after
-        `Assistant:`) belongs before the text; prompts rendered as turns imply it.
+        `Assistant:`) belongs before the text; prompts rendered as turns imply it. One that no stop
+        token `ended` is not closed either.
         """
-        lead = self._lead if conversation or self._string_as_turn else ""
         ids = self.tokenizer.encode(
-            lead + text, add_special_tokens=False, split_special_tokens=True
+            self._lead_of(conversation) + text, add_special_tokens=False, split_special_tokens=True
         )
+        if not ended and 0 < len(ids) <= self.max_response_tokens:
+            return list(ids)
         if len(ids) < self.max_response_tokens:
             return [*ids, self.end_id]
         self.counts[RESPONSES_CUT] += 1
         return ids[: self.max_response_tokens]
+
+    def ranked_ids(
+        self, prompt: PromptText, responses: Sequence[str], ended: Sequence[bool] | None = None
+    ) -> tuple[list[int], list[list[int]]]:
+        """Token ids of a prompt and of several responses to it, each within `max_tokens` with it.
+
+        The prompt is cut once, for the longest of them: they are compared after the same words.
+        """
+        is_conversation = not isinstance(prompt, str)
+        response_ids = [
+            self.response_ids(text, is_conversation, ended=end)
+            for text, end in zip(responses, ended or [True] * len(responses), strict=True)
+        ]
+        longest = max(map(len, response_ids))
+        room = None if self.max_tokens is None else self.max_tokens - longest
+        return self.prompt_ids(prompt, room), response_ids
 
     def pair_ids(self, prompt: PromptText, response: str) -> tuple[list[int], list[int]]:
         """Token ids of a prompt and of a response to it."""
@@ -115,8 +146,8 @@ class Codec:
         """
         if response_ids and response_ids[-1] in self.stop_ids:
             response_ids = response_ids[:-1]
-        text = self.tokenizer.decode(response_ids, skip_special_tokens=True)
-        return text.removeprefix(self._lead) if conversation or self._string_as_turn else text
+        text: str = self.tokenizer.decode(response_ids, skip_special_tokens=True)
+        return text.removeprefix(self._lead_of(conversation))
 
     def prompt_text(self, prompt: PromptText) -> str:
         """The prompt as the model sees it, rendered but not tokenised."""
@@ -129,9 +160,15 @@ class Codec:
         return str(self.tokenizer.name_or_path)
 
     def same_ids(self, other: "Codec") -> bool:
-        """Whether ids of one codec may be read by a model of the other (same vocabulary)."""
+        """Whether ids of one codec may be read by a model of the other.
+
+        The vocabulary is the same, and so is the kind of rows: those of a base of its own have
+        limits of their own, and an encoder's are pairs.
+        """
+        if type(self) is not type(other) or self.max_tokens != other.max_tokens:
+            return False
         ours, theirs = self.tokenizer, other.tokenizer
-        return ours is theirs or ours.get_vocab() == theirs.get_vocab()
+        return bool(ours is theirs or ours.get_vocab() == theirs.get_vocab())
 
     def with_limits(self, max_prompt_tokens: int, max_response_tokens: int) -> "Codec":
         """The same codec with other limits and counts of its own."""
@@ -139,6 +176,16 @@ class Codec:
         other.max_prompt_tokens = max_prompt_tokens
         other.max_response_tokens = max_response_tokens
         other.counts = Counter()
+        return other
+
+    def with_positions(self, max_tokens: int | None) -> "Codec":
+        """The same codec for a model with so many positions; a response gets at most half of them.
+
+        Without a number, none is known to be too many.
+        """
+        most = MOST_TOKENS if max_tokens is None else max_tokens
+        other = self.with_limits(self.max_prompt_tokens, min(self.max_response_tokens, most // 2))
+        other.max_tokens = most
         return other
 
     # --- files ---
@@ -166,6 +213,8 @@ class Codec:
             "rendered_turns": self._rendered_turns,
             "max_prompt_tokens": self.max_prompt_tokens,
             "max_response_tokens": self.max_response_tokens,
+            "max_tokens": self.max_tokens,
+            "rows": self.rows,
         }
         write_json_atomic(folder / "codec.json", settings)
 
@@ -174,11 +223,14 @@ class Codec:
         """Rebuild a codec from a folder that `save` wrote."""
         from transformers import AutoTokenizer
 
+        from pipeline.pair_codec import PairCodec
+
         settings = read_json(folder / "codec.json")
+        kind = {"joined": cls, "pair": PairCodec}[settings.get("rows", "joined")]
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
         if settings["template_source"] == "plain":
             tokenizer.chat_template = None  # plain strings are turns only under a real template
-        codec = cls(
+        codec = kind(
             tokenizer,
             stop_ids=frozenset(settings["stop_ids"]),
             chat_template=settings["chat_template"],
@@ -186,6 +238,7 @@ class Codec:
             max_response_tokens=settings["max_response_tokens"],
         )
         codec._rendered_turns = settings["rendered_turns"]
+        codec.max_tokens = settings.get("max_tokens")
         return codec
 
     # --- chat templates ---
@@ -231,18 +284,34 @@ class Codec:
                 ids += encode(piece, add_special_tokens=False)
         return ids
 
-    def _probe_template(self) -> tuple[str, int]:
-        """The text that the template puts before a response, and the stop id it puts after."""
+    def _lead_of(self, conversation: bool) -> str:
+        return self._lead if conversation or self._string_as_turn else ""
+
+    def _stops(self, stop_ids: frozenset[int]) -> frozenset[int]:
         eos = self.tokenizer.eos_token_id
-        default_end = eos if eos is not None else min(self.stop_ids)
+        if eos is None and not stop_ids:
+            raise ModelError(
+                f"tokenizer {self.name!r} has no end-of-sequence token: responses could never end. "
+                "Set eos_token in its tokenizer_config.json."
+            )
+        return stop_ids | ({eos} if eos is not None else frozenset())
+
+    def _end(self, after: str) -> int:
+        """The stop id in the text that the template puts after a response, or the tokenizer's."""
+        eos = self.tokenizer.eos_token_id
+        ids = self.tokenizer.encode(after, add_special_tokens=False) if after else []
+        default = eos if eos is not None else min(self.stop_ids)
+        return next((id_ for id_ in ids if id_ in self.stop_ids), default)
+
+    def _probe_template(self) -> tuple[str, str]:
+        """The texts that the template puts before and after a response."""
         question = (Message("user", "?"),)
         answer = _SENTINEL.format(0)
         try:
             before = self._render(question)
             whole = self._render((*question, Message("assistant", answer)), False)
         except ModelError:
-            return "", default_end
+            return "", ""
         head, _, tail = whole.partition(answer)
         lead = head.removeprefix(before) if head.startswith(before) else ""
-        after = self.tokenizer.encode(tail, add_special_tokens=False) if tail else []
-        return lead, next((id_ for id_ in after if id_ in self.stop_ids), default_end)
+        return lead, tail

@@ -4,6 +4,8 @@ Suffixes: B sequences, R response positions, N gathered positions, V vocabulary.
 and true on real tokens. Reductions are made in float32 or wider, whatever the input's type.
 """
 
+import hashlib
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -87,3 +89,13 @@ def entropy(logits_nv: Tensor, log_total_n: Tensor | None = None) -> Tensor:
     # p log p is 0 where p is 0 (a forbidden token): 0 * -inf would be NaN.
     finite_nv = logprobs_nv.clamp(min=torch.finfo(torch.float32).min)
     return -(logprobs_nv.exp() * finite_nv).sum(-1)
+
+
+def tensors_hash(named: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 over names and bytes of tensors, in the order of their names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(named, key=lambda pair: pair[0]):
+        digest.update(name.encode())
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(data.numpy().tobytes())
+    return digest.hexdigest()

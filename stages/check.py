@@ -23,9 +23,16 @@ from pipeline.data.formats import Kind
 from pipeline.data.screen import data_table
 from pipeline.errors import ModelError, PipelineError
 from pipeline.models.adapters import adapter_parameters, add_adapter, lora_config
-from pipeline.models.empty import empty_decoder
-from pipeline.models.loading import explain_load_errors, quantised_loading
+from pipeline.models.empty import empty_model
+from pipeline.models.encoders import READINGS, default_pooling, positions
+from pipeline.models.loading import (
+    explain_load_errors,
+    is_encoder,
+    quantised_loading,
+    refuse_encoder,
+)
 from pipeline.models.store import find_artifact
+from pipeline.pair_codec import pair_template
 from pipeline.rewards.sources import load_function
 from pipeline.runfolder import RunFolder, verify
 from pipeline.stage import Stage
@@ -118,11 +125,14 @@ def _check_data(
 
 
 def _check_models(config: RunConfig, stages: Sequence[str], offline: bool) -> Iterator[Finding]:
-    uses_base = "sft" in stages or ("reward" in stages and config.reward.start == "base")
+    reward = config.reward
+    uses_base = "sft" in stages or ("reward" in stages and reward.start == "base")
     if uses_base and config.model.init == "config":
         yield _examine("model.architecture", config.model.architecture.model_type, config, offline)
     elif uses_base and config.model.path is not None:
         yield _examine("model.path", config.model.path, config, offline)
+    if "reward" in stages and reward.base is not None:
+        yield _examine("reward.base", reward.base, config, offline)
     if "ppo" in stages and config.ppo.policy is not None:
         yield _examine("ppo.policy", config.ppo.policy, config, offline, stage="sft")
     if "ppo" in stages and config.ppo.rewards is not None:
@@ -150,6 +160,8 @@ def _examine(
             return Finding(setting, resource, "a PEFT adapter; its base is opened when it is used")
         if setting == "ppo.rewards":
             return Finding(setting, resource, _classifier(resource, config))
+        if setting == "reward.base":
+            return Finding(setting, resource, _reward_base(resource, config))
         return Finding(setting, resource, _decoder(resource, config))
     except PipelineError as error:
         return Finding(setting, resource, "", str(error))
@@ -189,7 +201,7 @@ def _artifact(folder: Path, stage: str) -> str:
 
 def _built(config: RunConfig) -> str:
     """The small model of `model.architecture`, built without memory. Raises ConfigError."""
-    return f"random weights, {_size(empty_decoder(config.model), config)}"
+    return f"random weights, {_size(empty_model(config.model), config)}"
 
 
 def _decoder(path: str, config: RunConfig) -> str:
@@ -200,8 +212,9 @@ def _decoder(path: str, config: RunConfig) -> str:
     revision = section.revision if path == section.path else None
     accelerated = config.run.device != "cpu" and torch.cuda.is_available()
     quantised_loading(section, torch.device("cuda" if accelerated else "cpu"))
-    model = empty_decoder(section.model_copy(update={"quantization": "none"}), path)
+    model = empty_model(section.model_copy(update={"quantization": "none"}), path)
     shape = model.config
+    refuse_encoder(shape, path)
     _check_weights(Path(path))
     with explain_load_errors(path, revision):
         tokenizer = AutoTokenizer.from_pretrained(
@@ -221,6 +234,32 @@ def _decoder(path: str, config: RunConfig) -> str:
         )
     template = "its chat template" if tokenizer.chat_template else "no chat template"
     return f"{shape.model_type}, {_size(model, config)}, {template}"
+
+
+def _reward_base(path: str, config: RunConfig) -> str:
+    """Config, tokenizer and positions of a reward model's own base. Raises PipelineError."""
+    from transformers import AutoTokenizer
+
+    revision = config.reward.base_revision
+    plain = config.model.model_copy(update={"quantization": "none"})
+    model = empty_model(plain, path, revision)
+    _check_weights(Path(path))
+    with explain_load_errors(path, revision):
+        tokenizer = AutoTokenizer.from_pretrained(
+            path,
+            revision=revision or "main",
+            trust_remote_code=config.model.trust_remote_code,
+        )
+    shape, limit = model.config, positions(model)
+    kind = "decoder"
+    if is_encoder(shape):
+        pair_template(tokenizer)
+        pooling = config.reward.pooling
+        if pooling == "auto":
+            pooling = default_pooling(path, revision, shape)
+        kind = f"encoder, score reads {READINGS[pooling]}"
+    reach = "no limit of positions" if limit is None else f"{limit:,} positions"
+    return f"{shape.model_type}, {_size(model, config)}; {kind}; {reach}"
 
 
 def _classifier(path: str, config: RunConfig) -> str:

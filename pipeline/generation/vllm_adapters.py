@@ -21,8 +21,9 @@ from pipeline.config import VLLM_MAX_RANKS, VllmSection, vllm_refusals
 from pipeline.errors import ConfigError
 from pipeline.generation.json_http import JsonServer, ServerFault
 from pipeline.models.adapters import save_adapter
-from pipeline.models.trunk import Handle, tensors_hash
+from pipeline.models.trunk import Handle
 from pipeline.runfolder import writing
+from pipeline.tensors import tensors_hash
 
 SETTING = "ppo.rollout.vllm"
 _PREFIX = "policy-"

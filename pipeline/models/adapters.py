@@ -27,13 +27,13 @@ _LAYERS = "_rlhf_tuner_layers"  # where a model remembers its peft layers
 _SAVED_PREFIX = "base_model.model."  # the prefix that PeftModel.from_pretrained expects
 
 
-def lora_config(lora: LoraSection) -> "LoraConfig":
-    """peft's configuration of one adapter."""
+def lora_config(lora: LoraSection, task: str = "CAUSAL_LM") -> "LoraConfig":
+    """peft's configuration of one adapter; `task` tells plain PEFT what class to load it into."""
     from peft import LoraConfig, TaskType
 
     modules = lora.target_modules
     return LoraConfig(
-        task_type=TaskType.CAUSAL_LM,
+        task_type=TaskType[task],
         r=lora.rank,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft computes with floats as well
         lora_dropout=lora.dropout,

@@ -10,7 +10,13 @@ import torch
 from torch import nn
 
 from pipeline.config import ModelSection
-from pipeline.models.loading import build_from_config, explain_load_errors, load_config, torch_dtype
+from pipeline.models.loading import (
+    auto_class,
+    build_from_config,
+    explain_load_errors,
+    load_config,
+    torch_dtype,
+)
 
 # bitsandbytes 0.50: NF4 with quantised scales, and LLM.int8().
 _BLOCK, _SCALE_BLOCK = 64, 256  # weights a scale, scales a scale of scales
@@ -29,8 +35,8 @@ class Vocabulary:
         return self.size
 
 
-def empty_decoder(section: ModelSection, path: str | None = None) -> Any:
-    """The decoder of `model:`, or the one that lies at `path` (a Hub id or a folder), quantised.
+def empty_model(section: ModelSection, path: str | None = None, revision: str | None = None) -> Any:
+    """The model of `model:`, or the one that lies at `path` (a Hub id or a folder), quantised.
 
     With `model.init: config` it has `model.vocabulary_size` tokens; a tokenizer that finds fewer in
     the training text makes the real one a little smaller.
@@ -39,19 +45,19 @@ def empty_decoder(section: ModelSection, path: str | None = None) -> Any:
         ModelError: its config cannot be read.
         ConfigError: `model.architecture` cannot be built.
     """
-    from transformers import AutoModelForCausalLM
-
     dtype = torch_dtype(section.dtype)
     path = path or section.path
     if path is None:
         vocabulary = Vocabulary(section.vocabulary_size)
         with torch.device("meta"):
             return build_from_config(section.architecture, vocabulary, dtype)
-    revision = section.revision if path == section.path else None
+    if revision is None and path == section.path:
+        revision = section.revision
     shape = load_config(section, path, revision)
+    kind, arguments = auto_class(shape)
     with explain_load_errors(path, revision), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            shape, dtype=dtype, trust_remote_code=section.trust_remote_code
+        model = kind.from_config(
+            shape, dtype=dtype, trust_remote_code=section.trust_remote_code, **arguments
         )
     if section.quantization != "none":
         quantise(model, section.quantization)

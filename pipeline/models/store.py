@@ -22,8 +22,11 @@ from pipeline.config import DataSection, LoraSection, ModelSection, Tuning
 from pipeline.distributed.sharding import local, rows_like
 from pipeline.errors import ModelError
 from pipeline.models import adapters, loading
+from pipeline.models.encoders import positions
+from pipeline.models.origin import BaseOrigin
 from pipeline.models.trained import TrainedState, load_head, save_head, trained_state
-from pipeline.models.trunk import BaseOrigin, Handle, Role, Trunk
+from pipeline.models.trunk import Handle, Role, Trunk
+from pipeline.pair_codec import PairCodec
 from pipeline.runfolder import read_json, verify, write_json_atomic, writing
 
 HANDLE = "handle.json"
@@ -61,13 +64,29 @@ class ModelStore:
     # --- starting points ---
 
     def pretrained(self, path: str | None = None, revision: str | None = None) -> Handle:
-        """The bare model of a Hub id or folder (default: `model.path`)."""
+        """The bare model of a Hub id or folder (default: `model.path`), which writes text.
+
+        Raises:
+            ModelError: it is an encoder.
+        """
         if path is None:
             assert self.section.path is not None
             path, revision = self.section.path, self.section.revision
-        trunk, tokenizer = self._load_base(path, revision)
-        codec = self._codec(tokenizer, loading.stop_ids(trunk.model))
-        return Handle(trunk, Role("base"), codec)
+        handle = self._bare(path, revision)
+        loading.refuse_encoder(handle.trunk.model.config, path)
+        return handle
+
+    def other_base(
+        self, path: str, revision: str | None, max_prompt_tokens: int, max_response_tokens: int
+    ) -> Handle:
+        """A bare model besides the run's base, encoders too, with token limits of its own.
+
+        Its codec keeps prompt and response within its positions.
+        """
+        handle = self._bare(path, revision)
+        codec = handle.codec.with_limits(max_prompt_tokens, max_response_tokens)
+        codec = codec.with_positions(positions(handle.trunk.model))
+        return replace(handle, codec=codec)
 
     def build(self, texts: list[str]) -> Handle:
         """A small model with random weights and a tokenizer trained on `texts` (init: config)."""
@@ -90,6 +109,8 @@ class ModelStore:
         if artifact is not None:
             verify(artifact)
             handle, limits = self.open(artifact), self.data
+            if handle.codec.max_tokens is not None:
+                return handle  # on a base with limits of its own
             return replace(
                 handle,
                 codec=handle.codec.with_limits(
@@ -152,7 +173,8 @@ class ModelStore:
         if source.role.adapter is not None:
             adapters.copy_adapter(model, source.role.adapter, adapter)
         else:
-            adapters.add_adapter(model, adapter, adapters.lora_config(lora))
+            task = "FEATURE_EXTRACTION" if source.trunk.is_encoder else "CAUSAL_LM"
+            adapters.add_adapter(model, adapter, adapters.lora_config(lora, task))
         return source.with_role(name, adapter=adapter)
 
     # --- artifacts ---
@@ -186,9 +208,8 @@ class ModelStore:
             )
         if role.head is not None:
             save_head(state.head, folder / "head.safetensors")
-        write_json_atomic(
-            folder / HANDLE, {"format": 1, "role": role.name, "head": role.head, "base": base}
-        )
+        record = {"format": 1, "role": role.name, "head": role.head, "base": base}
+        write_json_atomic(folder / HANDLE, record | {"pooling": role.pooling})
         self._live.pop(folder.resolve(), None)
 
     def adopt(self, handle: Handle, folder: Path) -> None:
@@ -225,7 +246,7 @@ class ModelStore:
             head = _free_name(info["head"], set(trunk.heads))
             trunk.add_head(head, load_head(folder / "head.safetensors"))
         trunk.freeze()
-        handle = Handle(trunk, Role(info["role"], adapter, head), codec)
+        handle = Handle(trunk, Role(info["role"], adapter, head, info.get("pooling")), codec)
         self._live[folder] = handle
         return handle
 
@@ -259,8 +280,14 @@ class ModelStore:
 
     # --- inside ---
 
-    def _codec(self, tokenizer: Any, stop_ids: frozenset[int]) -> Codec:
-        return Codec(
+    def _bare(self, path: str, revision: str | None) -> Handle:
+        trunk, tokenizer = self._load_base(path, revision)
+        kind = PairCodec if trunk.is_encoder else Codec
+        codec = self._codec(tokenizer, loading.stop_ids(trunk.model), kind)
+        return Handle(trunk, Role("base"), codec)
+
+    def _codec(self, tokenizer: Any, stop_ids: frozenset[int], kind: type[Codec] = Codec) -> Codec:
+        return kind(
             tokenizer,
             stop_ids=stop_ids,
             chat_template=self.section.chat_template,

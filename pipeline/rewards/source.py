@@ -17,6 +17,7 @@ class Completions:
     completion_ids: Sequence[Sequence[int]]
     texts: Sequence[str]
     ended: Sequence[bool]  # by a stop token, not cut by the length limit
+    codec: Codec | None = None  # whose ids these are; None: of whoever reads them
 
     @classmethod
     def decode(
@@ -32,7 +33,7 @@ class Completions:
             codec.text(list(ids), conversation=not isinstance(prompt.prompt, str))
             for prompt, ids in zip(prompts, completion_ids, strict=True)
         ]
-        return cls(prompts, prompt_ids, completion_ids, texts, ended)
+        return cls(prompts, prompt_ids, completion_ids, texts, ended, codec)
 
     def take(self, rows: Sequence[int]) -> "Completions":
         """Some rows, in the order asked for."""
@@ -42,6 +43,7 @@ class Completions:
             completion_ids=[self.completion_ids[row] for row in rows],
             texts=[self.texts[row] for row in rows],
             ended=[self.ended[row] for row in rows],
+            codec=self.codec,
         )
 
     def __len__(self) -> int:

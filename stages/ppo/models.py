@@ -6,8 +6,8 @@
 | full | own weights, from the start's | the start, frozen | own weights, from the reward's |
 
 With `ppo.value: shared` the value is a head on the policy's hidden states. Without a reward model
-of ours the value model starts from the policy's start with a zero head. With full fine-tuning the
-reference may lie on another device or in another type (`ppo.reference`).
+of ours that reads the policy's ids the value model starts from the policy's start with a zero head.
+With full fine-tuning the reference may lie on another device or in another type (`ppo.reference`).
 """
 
 from dataclasses import dataclass
@@ -86,27 +86,13 @@ def open_start(context: Context) -> Handle:
     return start.with_role("policy", head=None)
 
 
-def open_rewards(context: Context, start: Handle) -> RewardSource:
-    """What scores the responses: `ppo.rewards`, or the run's reward model.
-
-    Raises:
-        ModelError: a reward model of ours that reads another vocabulary than the policy's.
-    """
+def open_rewards(context: Context) -> RewardSource:
+    """What scores the responses: `ppo.rewards`, or the run's reward model."""
     resource = context.config.ppo.rewards
     budget = context.config.ppo.rollout.micro_batch_tokens
     if resource is None:
-        source: RewardSource = ModelReward(context.store.open(context.parents["reward"]), budget)
-    else:
-        source = open_reward(resource, context.store, context.config.model, budget)
-    if isinstance(source, ModelReward) and not source.handle.codec.same_ids(start.codec):
-        raise ModelError(
-            f"ppo.rewards is {resource or 'the reward model of this run'}, with the vocabulary of "
-            f"{source.handle.codec.name!r}, but the policy ({context.config.ppo.policy or 'SFT'}) "
-            f"has that of {start.codec.name!r}: it would read other tokens than were sampled. "
-            "Train the reward model on the policy's base, or name a sequence-classification model "
-            "or a function, which read text."
-        )
-    return source
+        return ModelReward(context.store.open(context.parents["reward"]), budget)
+    return open_reward(resource, context.store, context.config.model, budget)
 
 
 def build_models(start: Handle, rewards: RewardSource, config: Any, store: ModelStore) -> Models:
@@ -117,7 +103,7 @@ def build_models(start: Handle, rewards: RewardSource, config: Any, store: Model
     """
     section, lora = config.ppo, config.lora
     policy = store.trainable_copy(start, "policy", section.tuning, lora)
-    source = rewards.handle if isinstance(rewards, ModelReward) else None
+    source = value_source(start, rewards)
     if section.value == "shared":
         value = _with_head(policy, None)
     else:
@@ -133,9 +119,16 @@ def build_models(start: Handle, rewards: RewardSource, config: Any, store: Model
                 "ppo.reference puts the reference elsewhere, but here its weights lie over all "
                 "processes: remove ppo.reference, or start with --launch ddp"
             )
-        is_shared = source is not None and source.trunk is start.trunk
+        is_shared = isinstance(rewards, ModelReward) and rewards.handle.trunk is start.trunk
         reference = _placed(reference, section.reference, store, is_shared=is_shared)
     return Models(policy, reference, value)
+
+
+def value_source(start: Handle, rewards: RewardSource) -> Handle | None:
+    """The reward model that a value model of this policy can start from: one that reads its ids."""
+    if isinstance(rewards, ModelReward) and rewards.handle.codec.same_ids(start.codec):
+        return rewards.handle
+    return None
 
 
 def _placed(

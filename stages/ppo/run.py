@@ -98,7 +98,7 @@ class Training:
                 "ppo.rollout.prompts_per_iteration or ppo.held_out.num_prompts, or start fewer"
             )
         start = open_start(context)
-        self.rewards = open_rewards(context, start)
+        self.rewards = open_rewards(context)
         # New adapters start at random. Opening may draw numbers too (from files) or not (live).
         runtime.seed_all("ppo")
         self.models = build_models(start, self.rewards, context.config, context.store)

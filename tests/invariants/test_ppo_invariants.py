@@ -12,7 +12,7 @@ from pipeline.batches import TokenBatch
 from pipeline.errors import TrainingError
 from pipeline.inference import infer
 from pipeline.models.joiner import DecoderJoiner
-from pipeline.models.trunk import tensors_hash
+from pipeline.tensors import tensors_hash
 from stages.ppo.config import RolloutSection
 from stages.ppo.experience import Experience, rollout_metrics
 from stages.ppo.rollout import PromptOrder, Rollout

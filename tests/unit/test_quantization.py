@@ -13,7 +13,7 @@ import torch
 from pipeline.config import ArchitectureSection, DataSection, LoraSection, ModelSection
 from pipeline.errors import ConfigError, ModelError
 from pipeline.models import adapters
-from pipeline.models.empty import empty_decoder
+from pipeline.models.empty import empty_model
 from pipeline.models.footprint import measured
 from pipeline.models.loading import is_quantised, quantised_loading
 from pipeline.models.store import ModelStore
@@ -241,7 +241,7 @@ def test_the_predicted_size_is_the_real_one(tmp_path: Path, bits: str, model_typ
     policy(batch(), {"logprobs"})  # the first forward moves an 8-bit layer's scales
     optimiser = torch.optim.AdamW(policy.parameters())
     real = measured({"base": base, "policy": policy}, optimiser)
-    empty = empty_decoder(store.section)
+    empty = empty_model(store.section)
     predicted = sum(t.numel() * t.element_size() for t in (*empty.parameters(), *empty.buffers()))
     assert real["base"].weights == predicted
     with torch.device("meta"):
