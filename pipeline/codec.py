@@ -9,6 +9,7 @@ import copy
 import re
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -267,7 +268,8 @@ class Codec:
 
     def _encode_turns(self, turns: tuple[Message, ...]) -> list[int]:
         self._rendered_turns = True
-        encode = self.tokenizer.encode
+        # Longer texts than the model's are cut afterwards: no warning of them.
+        encode = partial(self.tokenizer.encode, verbose=False)
         if not any(token in turn.content for turn in turns for token in self._specials):
             ids: list[int] = encode(self._render(turns), add_special_tokens=False)
             return ids

@@ -44,7 +44,7 @@ class PairCodec(Codec):
 
     def _plain(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer.encode(
-            text, add_special_tokens=False, split_special_tokens=True
+            text, add_special_tokens=False, split_special_tokens=True, verbose=False
         )
         return ids
 

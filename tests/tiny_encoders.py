@@ -110,11 +110,14 @@ def unigram() -> PreTrainedTokenizerFast:
     )
 
 
-def make_encoder(kind: str, positions: int = 64) -> tuple[Any, PreTrainedTokenizerFast]:
+def make_encoder(
+    kind: str, positions: int = 64, **fields: Any
+) -> tuple[Any, PreTrainedTokenizerFast]:
     """A random encoder far from its initial near-zero weights, and its tokenizer."""
     torch.manual_seed(3)
     tokenizer = {"bert": word_piece, "roberta": byte_level}.get(kind, unigram)()
     sizes = SIZES | {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    sizes |= fields
     model: Any
     if kind == "bert":
         model = BertModel(BertConfig(max_position_embeddings=positions, **sizes))
@@ -155,9 +158,9 @@ def make_encoder(kind: str, positions: int = 64) -> tuple[Any, PreTrainedTokeniz
     return model.eval(), tokenizer
 
 
-def save_encoder(kind: str, folder: Path, positions: int = 64) -> Path:
+def save_encoder(kind: str, folder: Path, positions: int = 64, **fields: Any) -> Path:
     """A folder that `reward.base` can name."""
-    model, tokenizer = make_encoder(kind, positions)
+    model, tokenizer = make_encoder(kind, positions, **fields)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
