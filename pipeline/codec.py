@@ -19,7 +19,9 @@ from pipeline.runfolder import read_json, write_json_atomic, writing
 
 PROMPTS_CUT = "prompts cut to data.max_prompt_tokens"
 RESPONSES_CUT = "responses cut to data.max_response_tokens"
-POSITIONS_CUT = "prompts cut to the positions that the model has beside the responses"
+# Of a codec with `max_tokens`: its settings, and what the positions leave to a prompt.
+BASE_PROMPTS_CUT = "prompts cut to the limits of reward.base"
+BASE_RESPONSES_CUT = "responses cut to the limits of reward.base"
 
 # The transcript format of Anthropic's HH data, for conversations on a tokenizer with no template.
 PLAIN_CHAT_TEMPLATE = (
@@ -98,7 +100,7 @@ class Codec:
         """The tokens that a prompt of `length` may have; one that has more is counted as cut."""
         most = self.max_prompt_tokens if limit is None else min(limit, self.max_prompt_tokens)
         if length > most:
-            self.counts[PROMPTS_CUT if most == self.max_prompt_tokens else POSITIONS_CUT] += 1
+            self.counts[PROMPTS_CUT if self.max_tokens is None else BASE_PROMPTS_CUT] += 1
         return most
 
     def response_ids(
@@ -117,8 +119,11 @@ class Codec:
             return list(ids)
         if len(ids) < self.max_response_tokens:
             return [*ids, self.end_id]
-        self.counts[RESPONSES_CUT] += 1
+        self._count_cut_response()
         return ids[: self.max_response_tokens]
+
+    def _count_cut_response(self) -> None:
+        self.counts[RESPONSES_CUT if self.max_tokens is None else BASE_RESPONSES_CUT] += 1
 
     def ranked_ids(
         self, prompt: PromptText, responses: Sequence[str], ended: Sequence[bool] | None = None

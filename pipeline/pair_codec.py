@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from pipeline.codec import RESPONSES_CUT, Codec
+from pipeline.codec import Codec
 from pipeline.errors import ModelError
 from pipeline.records import PromptText
 
@@ -39,7 +39,7 @@ class PairCodec(Codec):
         ids = self._plain(self._lead_of(conversation) + text)
         room = max(self.max_response_tokens - len(self._after), 0)
         if len(ids) > room:
-            self.counts[RESPONSES_CUT] += 1
+            self._count_cut_response()
         return [*ids[:room], *self._after]
 
     def _plain(self, text: str) -> list[int]:

@@ -254,7 +254,7 @@ def _reward_base(path: str, config: RunConfig) -> str:
     kind = "decoder"
     if is_encoder(shape):
         pair_template(tokenizer)
-        pooling = config.reward.pooling
+        pooling: str = config.reward.pooling
         if pooling == "auto":
             pooling = default_pooling(path, revision, shape)
         kind = f"encoder, score reads {READINGS[pooling]}"

@@ -146,7 +146,7 @@ def auto_class(config: Any) -> tuple[Any, dict[str, Any]]:
     if not is_encoder(config):
         return AutoModelForCausalLM, {}
     made = AutoModel._model_mapping[type(config)]
-    takes_pooler = "add_pooling_layer" in inspect.signature(made.__init__).parameters
+    takes_pooler = "add_pooling_layer" in inspect.signature(made).parameters
     without_pooler = {"add_pooling_layer": False} if takes_pooler else {}
     return AutoModel, {"attn_implementation": None} | without_pooler
 

@@ -20,7 +20,8 @@ from tests.tiny_encoders import save_encoder
 CONFIG = f"""{SMALLEST}
 sft: {{max_steps: 4, batch_size: 4}}
 reward:
-  {{base: bert, tuning: full, max_steps: 4, batch_size: 4, checkpoint_every: 2, log_every: 1,
+  {{base: bert, max_prompt_tokens: 200, max_response_tokens: 56, tuning: full, max_steps: 4,
+    batch_size: 4, checkpoint_every: 2, log_every: 1,
     optim: {{learning_rate: 1.0e-3}}, normalisation: {{num_samples: 6, max_new_tokens: 8}}}}
 ppo:
   iterations: 2
@@ -34,7 +35,7 @@ evaluation: {{prompts: 3, max_new_tokens: 4, max_n: 2}}
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    save_encoder("bert", tmp_path / "bert")
+    save_encoder("bert", tmp_path / "bert", positions=256)
     (tmp_path / "c.yaml").write_text(CONFIG)
     return tmp_path
 
@@ -43,7 +44,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_chain_runs_with_a_reward_model_on_an_encoder(place, tuning):
     found = rlhf("check", f"reward.tuning={tuning}")
     assert "reward.base" in found and "bert" in found and "score reads its first token" in found
-    assert "64 positions" in found
+    assert "256 positions" in found
     rlhf("run", f"reward.tuning={tuning}")
     run = place / "runs" / "r"
     report = json.loads((run / "reward/artifact/report.json").read_text())
@@ -60,8 +61,8 @@ def test_the_chain_runs_with_a_reward_model_on_an_encoder(place, tuning):
     compared = 0
     for row in drawn:
         pair = tokenizer(row["prompt"], row["response"], return_token_type_ids=True)
-        if len(pair["input_ids"]) > 48:
-            continue  # may have been cut
+        if len(tokenizer(row["prompt"])["input_ids"]) > 200:
+            continue  # cut
         inputs = {name: torch.tensor([ids]) for name, ids in pair.items()}
         with torch.no_grad():
             state = reward.trunk.model(**inputs).last_hidden_state[0, 0]
@@ -121,4 +122,4 @@ def test_an_interrupted_training_goes_on_to_the_same_weights(place, monkeypatch)
 def test_rows_are_cut_to_the_positions_of_the_base(place):
     save_encoder("bert", place / "short", positions=24)
     output = rlhf("reward", "reward.normalisation.mode=none", "reward.base=short")
-    assert "prompts cut to the positions that the model has beside the responses" in output
+    assert "prompts cut to the limits of reward.base" in output

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from transformers import AutoModel, AutoTokenizer
 
 from pipeline.batches import TokenBatch
-from pipeline.codec import POSITIONS_CUT, PROMPTS_CUT, Codec
+from pipeline.codec import BASE_PROMPTS_CUT, Codec
 from pipeline.config import DataSection, LoraSection, ModelSection
 from pipeline.errors import ModelError
 from pipeline.inference import infer
@@ -108,14 +108,14 @@ def test_a_prompt_is_cut_from_its_front_to_the_positions_beside_the_longest_resp
     assert [len(ids) for ids in response_ids] == [7, 2]
     assert prompt_ids == [cls, *[words[0]] * 7, *words[1:], sep]
     assert len(prompt_ids) == 13
-    assert codec.counts == {POSITIONS_CUT: 1}
+    assert codec.counts == {BASE_PROMPTS_CUT: 1}
     # A response never takes more than half: 9 of its words and [SEP].
     prompt_ids, (response,) = codec.ranked_ids("the cat", ["mat " * 30])
     assert (prompt_ids, response) == ([cls, *words[:2], sep], [*[words[4]] * 9, sep])
     # The limit of the settings comes before that of the positions.
     short = codec.with_limits(5, 10)
     assert short.prompt_ids("the cat sat on mat") == [cls, *words[2:], sep]
-    assert short.counts == {PROMPTS_CUT: 1}
+    assert short.counts == {BASE_PROMPTS_CUT: 1}
 
 
 @pytest.mark.parametrize(

@@ -28,9 +28,8 @@ from pipeline.fit_config import OptimSection
 from pipeline.hf_trainer import FitSummary
 from pipeline.models.adapters import add_adapter, lora_config
 from pipeline.models.lean_layers import slim
-from pipeline.models.origin import BaseOrigin
 from pipeline.models.store import ModelStore
-from pipeline.models.trunk import Role, Trunk
+from pipeline.models.trunk import BaseOrigin, Role, Trunk
 from pipeline.records import Demonstration, Message
 from pipeline.row_order import plan_steps
 from pipeline.runfolder import RunFolder
