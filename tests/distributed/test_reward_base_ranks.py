@@ -14,6 +14,8 @@ CONFIG = f"""{head("one", dtype="float64")}
 reward:
   {{base: bert, pooling: mean, max_steps: 6, batch_size: 5, micro_batch_tokens: 300, log_every: 1,
     eval_every: 3, optim: {{learning_rate: 5.0e-3}}, normalisation: {{mode: none}}}}
+ppo: {{rollout: {{max_new_tokens: 8}}}}
+evaluation: {{max_new_tokens: 8}}
 """
 LAUNCHES = {
     "DDP": ["--launch", "cpu2"],

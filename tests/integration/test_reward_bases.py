@@ -78,7 +78,7 @@ def test_the_chain_runs_with_a_reward_model_on_an_encoder(place, tuning):
     assert memory["value"] == vars(footprint["value"])
     assert (run / "export").exists() and (run / "evaluation/metrics.json").exists()
     # A run of its own may name it: it reads text there too.
-    rlhf("ppo", f"ppo.rewards={run}", "run.name=other")
+    rlhf("ppo", f"ppo.rewards={run}", f"ppo.policy={run}", "run.name=other")
     others = samples(place / "runs/other/ppo")
     assert [row["score"] for row in others] == [row["score"] for row in drawn]
 
