@@ -145,7 +145,8 @@ def auto_class(config: Any) -> tuple[Any, dict[str, Any]]:
 
     if not is_encoder(config):
         return AutoModelForCausalLM, {}
-    made = AutoModel._model_mapping[type(config)]
+    made: Any = AutoModel._model_mapping[type(config)]
+    made = made[0] if isinstance(made, tuple) else made  # Funnel has a second, half of it
     takes_pooler = "add_pooling_layer" in inspect.signature(made).parameters
     without_pooler = {"add_pooling_layer": False} if takes_pooler else {}
     return AutoModel, {"attn_implementation": None} | without_pooler
