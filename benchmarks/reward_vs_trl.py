@@ -138,7 +138,8 @@ def step_timer() -> Any:
 def run_ours(setting: Setting, folder: Path) -> dict[str, Any]:
     """Train K-wise."""
     from pipeline.config import RunSection
-    from pipeline.models.trunk import BaseOrigin, Handle, Role, Trunk
+    from pipeline.models.origin import BaseOrigin
+    from pipeline.models.trunk import Handle, Role, Trunk
     from stages.reward.config import RewardSection
     from stages.reward.rankings import RankingRows
     from stages.reward.trainer import RankingTrainer

@@ -6,7 +6,7 @@ shares what is decided in one place; nothing is loaded.
 
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,8 +17,9 @@ from pipeline.models import adapters
 from pipeline.models.empty import empty_model
 from pipeline.models.footprint import Footprint, Roles, expected
 from pipeline.models.loading import explain_load_errors, torch_dtype
+from pipeline.models.origin import BaseOrigin
 from pipeline.models.store import HANDLE, ModelStore, find_artifact
-from pipeline.models.trunk import BaseOrigin, Handle, Role, Trunk
+from pipeline.models.trunk import Handle, Role, Trunk
 from pipeline.resume import KEPT_STATES
 from pipeline.reward_config import OWN, ModelEntry
 from pipeline.reward_list import source_names, walk_entries
@@ -63,7 +64,8 @@ class Rehearsal:
         section = self.config.reward
         sft = self.sft_handle()
         handle = self.reward_handle(sft)
-        starts_here = section.start == "sft" or section.normalisation.mode != "none"
+        starts_here = section.base is None and section.start == "sft"
+        starts_here = starts_here or section.normalisation.mode != "none"
         roles = {"sft": sft, "reward": handle} if starts_here else {"reward": handle}
         return roles, _without_output_layer(handle, handle.parameters())
 
@@ -98,7 +100,10 @@ class Rehearsal:
     def reward_handle(self, sft: Handle) -> Handle:
         """The reward stage's result."""
         section = self.config.reward
-        start = sft if section.start == "sft" else self._base()
+        if section.base is not None:
+            start = _with_own_limits(self._base(section.base, section.base_revision))
+        else:
+            start = sft if section.start == "sft" else self._base()
         handle = self.store.trainable_copy(start, "reward", section.tuning, self.config.lora)
         name = handle.role.adapter or "reward"
         handle.trunk.add_head(name)
@@ -137,6 +142,8 @@ class Rehearsal:
         else:
             named = info["base"]["path"]
             handle = self._adapted(named, [artifact], artifact / "adapter", info["role"])
+        if read_json(artifact / "tokenizer" / "codec.json").get("max_tokens") is not None:
+            handle = _with_own_limits(handle)
         if info["head"] is None:
             return handle
         handle.trunk.add_head(info["head"])
@@ -153,18 +160,36 @@ class Rehearsal:
         adapters.add_adapter(model, name, LoraConfig.from_pretrained(str(folder)))
         return handle.with_role(name, adapter=name)
 
-    def _base(self, path: str = "") -> Handle:
+    def _base(self, path: str = "", revision: str | None = None) -> Handle:
         """The base of the run, or that of a folder or Hub id; the same one whoever asks."""
         key = path if path != self.config.model.path else ""
         if key not in self._bases:
-            self._bases[key] = self._load(key)
+            self._bases[key] = self._load(key, revision)
         return self._bases[key]
 
-    def _load(self, path: str) -> Handle:
-        model = empty_model(self.config.model, path or None)
+    def _load(self, path: str, revision: str | None = None) -> Handle:
+        model = empty_model(self.config.model, path or None, revision)
         trunk = Trunk(model, BaseOrigin(path, path))
         trunk.freeze()
-        return Handle(trunk, Role("base"), cast(Any, None))  # no text, so no codec
+        return Handle(trunk, Role("base"), cast(Any, _Ids(trunk.vocabulary_size)))
+
+
+@dataclass(frozen=True)
+class _Ids:
+    """What stands for a codec where there is no text: equal sizes count as equal vocabularies."""
+
+    vocabulary_size: int
+    has_own_limits: bool = False
+
+    def same_ids(self, other: "_Ids") -> bool:
+        """See `Codec.same_ids`."""
+        return self == other
+
+
+def _with_own_limits(handle: Handle) -> Handle:
+    """A handle as `ModelStore.other_base` gives it: a reward model on it reads text."""
+    ids = _Ids(handle.trunk.vocabulary_size, has_own_limits=True)
+    return replace(handle, codec=cast(Any, ids))
 
 
 def _classifier(path: str, config: RunConfig) -> nn.Module:
@@ -183,8 +208,8 @@ def _classifier(path: str, config: RunConfig) -> nn.Module:
 def _without_output_layer(handle: Handle, parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
     """What has a gradient where hidden states alone are read: not an output layer of its own."""
     model = handle.trunk.model
-    tied = model.get_input_embeddings().weight
-    output = {id(p) for p in model.get_output_embeddings().parameters() if p is not tied}
+    layer, tied = model.get_output_embeddings(), model.get_input_embeddings().weight
+    output = {id(p) for p in layer.parameters() if p is not tied} if layer is not None else set()
     return [parameter for parameter in parameters if id(parameter) not in output]
 
 

@@ -18,8 +18,9 @@ from pipeline.distributed import Runtime
 from pipeline.generation import Engine, NativeEngine
 from pipeline.models.adapters import add_adapter, lora_config
 from pipeline.models.loading import build_from_config, train_tokenizer
+from pipeline.models.origin import BaseOrigin
 from pipeline.models.store import ModelStore
-from pipeline.models.trunk import BaseOrigin, Handle, Role, Trunk
+from pipeline.models.trunk import Handle, Role, Trunk
 from pipeline.records import Prompt
 from pipeline.rewards import Completions, ModelReward, RewardSource
 from stages.ppo.actor_critic import ActorCritic

@@ -30,11 +30,10 @@ _SAVED_PREFIX = "base_model.model."  # the prefix that PeftModel.from_pretrained
 
 def lora_config(lora: LoraSection) -> "LoraConfig":
     """peft's configuration of one adapter."""
-    from peft import LoraConfig, TaskType
+    from peft import LoraConfig
 
     modules, parameters = lora.target_modules, lora.target_parameters
     return LoraConfig(
-        task_type=TaskType.CAUSAL_LM,
         r=lora.rank,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft computes with floats as well
         lora_dropout=lora.dropout,
@@ -55,7 +54,7 @@ def add_adapter(model: Any, name: str, config: "LoraConfig") -> None:
     Raises:
         ModelError: the targets do not fit the model.
     """
-    from peft import TaskType, inject_adapter_in_model
+    from peft import inject_adapter_in_model
 
     from pipeline.models.lean_lora import slim
 
@@ -76,9 +75,7 @@ def add_adapter(model: Any, name: str, config: "LoraConfig") -> None:
             f"lora.target_modules do not fit {type(model).__name__}: {error}. Its linear layers "
             f"are: {known_layers(model)}"
         ) from error
-    shape = getattr(model, "config", None)
-    if getattr(shape, "is_encoder_decoder", False):  # plain peft's class, which generates, too
-        config.task_type = TaskType.SEQ_2_SEQ_LM
+    config.task_type = _task_type(model)
     model.peft_config = {**existing, name: config}
     slim(model)
     model.__dict__.pop(_LAYERS, None)
@@ -89,6 +86,14 @@ def add_adapter(model: Any, name: str, config: "LoraConfig") -> None:
                 parameter.data = parameter.data.float()
             parameter.requires_grad_(False)
     activate(model, None)
+
+
+def _task_type(model: Any) -> str:
+    """What class plain PEFT loads an adapter of this model into."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return "SEQ_2_SEQ_LM"
+    is_encoder = hasattr(model, "get_output_embeddings") and model.get_output_embeddings() is None
+    return "FEATURE_EXTRACTION" if is_encoder else "CAUSAL_LM"
 
 
 def copy_adapter(model: Any, source: str, target: str) -> None:

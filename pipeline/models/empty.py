@@ -11,9 +11,9 @@ from torch import nn
 
 from pipeline.config import ModelSection
 from pipeline.models.loading import (
+    auto_class,
     build_from_config,
     explain_load_errors,
-    language_model,
     load_config,
     torch_dtype,
 )
@@ -35,7 +35,7 @@ class Vocabulary:
         return self.size
 
 
-def empty_model(section: ModelSection, path: str | None = None) -> Any:
+def empty_model(section: ModelSection, path: str | None = None, revision: str | None = None) -> Any:
     """The model of `model:`, or the one that lies at `path` (a Hub id or a folder), quantised.
 
     With `model.init: config` it has `model.vocabulary_size` tokens; a tokenizer that finds fewer in
@@ -51,11 +51,13 @@ def empty_model(section: ModelSection, path: str | None = None) -> Any:
         vocabulary = Vocabulary(section.vocabulary_size)
         with torch.device("meta"):
             return build_from_config(section.architecture, vocabulary, dtype)
-    revision = section.revision if path == section.path else None
+    if revision is None and path == section.path:
+        revision = section.revision
     shape = load_config(section, path, revision)
+    kind, arguments = auto_class(shape)
     with explain_load_errors(path, revision), torch.device("meta"):
-        model = language_model(shape).from_config(
-            shape, dtype=dtype, trust_remote_code=section.trust_remote_code
+        model = kind.from_config(
+            shape, dtype=dtype, trust_remote_code=section.trust_remote_code, **arguments
         )
     if section.quantization != "none":
         quantise(model, section.quantization)

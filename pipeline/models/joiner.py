@@ -163,17 +163,58 @@ class EncoderDecoderJoiner:
         return Joined(inputs, rows, predictors, batch.response_lengths)
 
 
-Joiner = DecoderJoiner | PackedJoiner | EncoderDecoderJoiner
+class EncoderJoiner:
+    """Encoders read the prompt and the response as one sequence, in both directions.
+
+    The codec has put the special tokens of the tokenizer's own pair template into both
+    (`pipeline.pair_codec`). A token sees those before and behind it, padding included unless a mask
+    hides it; where the architecture tells the two texts of a pair apart by type, so do we.
+    """
+
+    takes_positions = False
+
+    def __init__(self, model: Any) -> None:
+        takes = inspect.signature(model.forward).parameters
+        if "attention_mask" not in takes:
+            raise ModelError(
+                f"{type(model).__name__} takes no attention mask, so that padding would be read as "
+                "text: name another encoder"
+            )
+        self.padded = DecoderJoiner(model)
+        self.pad_id: int = model.config.pad_token_id or 0
+        types = getattr(model.config, "type_vocab_size", None) or 0
+        self.tells_types = "token_type_ids" in takes and types > 1
+
+    def __call__(self, batch: TokenBatch) -> Joined:
+        """Join B prompts and responses; T is the longest joined row. Nothing is predicted."""
+        joined = self.padded(batch)
+        columns = torch.arange(joined.inputs["input_ids"].shape[1])
+        mask = columns <= joined.last.unsqueeze(1)  # (B, T)
+        inputs = {
+            "input_ids": joined.inputs["input_ids"].masked_fill(~mask, self.pad_id),
+            "attention_mask": mask.long(),
+        }
+        if self.tells_types:
+            in_response = mask & (columns >= batch.prompt_lengths.unsqueeze(1))
+            inputs["token_type_ids"] = in_response.long()
+        return Joined(inputs, joined.rows, joined.predictors, joined.last)
+
+
+Joiner = DecoderJoiner | PackedJoiner | EncoderDecoderJoiner | EncoderJoiner
 
 
 def make_joiner(model: Any) -> Joiner:
     """The joiner of a model: packed where its attention can keep packed sequences apart.
+
+    A model without an output layer is an encoder: what it reads, it does not go on from.
 
     On a processor `sdpa` is told the sequences' lengths; elsewhere, and in narrow models, attention
     once a sequence would be many small calls.
     """
     if model.config.is_encoder_decoder:
         return EncoderDecoderJoiner(model)
+    if model.get_output_embeddings() is None:
+        return EncoderJoiner(model)
     family = model.config.model_type
     if family in TELLING_FAMILIES:
         is_wide = model.config.hidden_size >= sequence_attention.WORTH_IT_FROM

@@ -28,13 +28,13 @@ def torch_dtype(name: str) -> torch.dtype:
 def load_pretrained(
     section: ModelSection, path: str, revision: str | None, device: torch.device
 ) -> tuple[Any, Any]:
-    """A language model and its tokenizer from a Hub id or a local folder.
+    """A model and its tokenizer from a Hub id or a local folder.
 
     A quantised one (`model.quantization`) lies on `device`; others lie in main memory.
 
     Raises:
-        ModelError: missing, gated, unsafe (pickled weights), of an architecture that is none, or
-            not to be quantised here; says what to do.
+        ModelError: missing, gated, unsafe (pickled weights), without some of its weights, of an
+            architecture that no stage can train, or not to be quantised here; says what to do.
     """
     from transformers import AutoTokenizer
 
@@ -46,14 +46,22 @@ def load_pretrained(
     with explain_load_errors(path, revision), without_bars():
         config = load_config(section, path, revision)
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
-        model = language_model(config).from_pretrained(
-            path,
-            config=config,
-            dtype=torch_dtype(section.dtype),
-            attn_implementation=section.attn_implementation,
-            use_safetensors=True,
-            **options,
-            **placed,
+        kind, arguments = auto_class(config)
+        with without_report(hidden=is_encoder(config)):
+            model, found = kind.from_pretrained(
+                path,
+                config=config,
+                dtype=torch_dtype(section.dtype),
+                use_safetensors=True,
+                output_loading_info=True,
+                **({"attn_implementation": section.attn_implementation} | arguments),
+                **options,
+                **placed,
+            )
+    if is_encoder(config) and found["missing_keys"]:
+        raise ModelError(
+            f"model {path!r} lacks {len(found['missing_keys'])} weights of a {config.model_type}, "
+            f"the first is {min(found['missing_keys'])}: they would be random. Name a whole model"
         )
     layers: Iterable[Any] = model.modules()
     for layer in layers:
@@ -127,25 +135,53 @@ def is_quantised(model: Any) -> bool:
     return bool(getattr(model, "is_quantized", False))
 
 
-def load_config(section: ModelSection, path: str, revision: str | None) -> Any:
-    """The architecture's config of a Hub id or folder.
+def auto_class(config: Any) -> tuple[Any, dict[str, Any]]:
+    """transformers' class that loads an architecture for us, and its arguments.
 
-    Raises:
-        ModelError: it cannot be read, or is not of a language model.
+    An encoder comes without its pooler: a layer that no score of ours reads would have no gradient,
+    for which DDP waits. `model.attn_implementation` is the policy's and not for encoders.
     """
+    from transformers import AutoModel
+
+    if not is_encoder(config):
+        return language_model(config), {}
+    made: Any = AutoModel._model_mapping[type(config)]
+    made = made[0] if isinstance(made, tuple) else made  # Funnel has a second, half of it
+    takes_pooler = "add_pooling_layer" in inspect.signature(made).parameters
+    without_pooler = {"add_pooling_layer": False} if takes_pooler else {}
+    return AutoModel, {"attn_implementation": None} | without_pooler
+
+
+def is_encoder(config: Any) -> bool:
+    """Whether an architecture reads text in both directions and writes none (BERT and its kin)."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    writes = config.is_encoder_decoder or getattr(config, "is_decoder", False)
+    return config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not writes
+
+
+# Bidirectional, or of parts that no prompt makes, under transformers' causal language models.
+_NO_DECODERS = {"cpmant", "trocr", "xlm", "xlnet"}
+
+
+def refuse_encoder(config: Any, path: str) -> None:
+    """Raise ModelError where a model is to write text and cannot."""
+    if is_encoder(config) or config.model_type in _NO_DECODERS:
+        raise ModelError(
+            f"{path} is no decoder ({config.model_type}): its tokens read what comes after them, "
+            "so that it cannot write text from left to right, and no policy can start from it. As "
+            "the base of a reward model, name it in reward.base"
+        )
+
+
+def load_config(section: ModelSection, path: str, revision: str | None) -> Any:
+    """The architecture's config of a Hub id or folder."""
     from transformers import AutoConfig
 
     with explain_load_errors(path, revision):
-        config = AutoConfig.from_pretrained(
+        return AutoConfig.from_pretrained(
             path, revision=revision or "main", trust_remote_code=section.trust_remote_code
         )
-    if not config.is_encoder_decoder and _reads_ahead(config):
-        raise ModelError(
-            f"{path} ({config.model_type}) is no decoder: its tokens read what comes after them, "
-            "so that it cannot write text from left to right. Name a causal language model or an "
-            "encoder-decoder"
-        )
-    return config
 
 
 def language_model(config: Any) -> Any:
@@ -153,20 +189,6 @@ def language_model(config: Any) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-
-
-# Bidirectional, or of parts that no prompt makes, under transformers' causal language models.
-_NO_DECODERS = {"cpmant", "trocr", "xlm", "xlnet"}
-
-
-def _reads_ahead(config: Any) -> bool:
-    """Encoders of the BERT kind are loaded as language models without `is_decoder`, too."""
-    from transformers import MODEL_FOR_MASKED_LM_MAPPING
-
-    is_encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING
-    return config.model_type in _NO_DECODERS or (
-        is_encoder and not getattr(config, "is_decoder", False)
-    )
 
 
 # Where architectures call the fields of `model.architecture` by other names, for which their
@@ -297,6 +319,21 @@ def without_bars() -> Iterator[None]:
     finally:
         if shown:
             screen.enable_progress_bar()
+
+
+@contextmanager
+def without_report(*, hidden: bool) -> Iterator[None]:
+    """Keep off the screen which weights of an encoder's files are of heads that we do not load."""
+    logger = logging.getLogger("transformers.modeling_utils")
+
+    def keeps(record: logging.LogRecord) -> bool:
+        return not (hidden and "LOAD REPORT" in record.getMessage())
+
+    logger.addFilter(keeps)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keeps)
 
 
 @contextmanager

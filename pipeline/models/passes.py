@@ -68,6 +68,15 @@ def tail(model: Any, states: Any, hidden: Tensor) -> Tensor:
             inner.forward = own
 
 
+def widths(model: Any) -> tuple[int, int]:
+    """Tokens of a model's vocabulary, and the width of its final states."""
+    output = model.get_output_embeddings()
+    if output is None:  # an encoder, whose embeddings may be narrower than its states
+        return len(model.get_input_embeddings().weight), model.config.hidden_size
+    vocabulary, width = output.weight.shape
+    return vocabulary, width
+
+
 def recomputed(model: Any, adapter: str | None, function: Callable[..., Any], *args: Tensor) -> Any:
     """`function(*args)` without kept activations: the backward pass computes it again.
 

@@ -24,8 +24,11 @@ from pipeline.distributed.sharding import local, rows_like
 from pipeline.errors import ModelError
 from pipeline.generation_config import GenerationSection
 from pipeline.models import adapters, loading
+from pipeline.models.encoders import positions
+from pipeline.models.origin import BaseOrigin
 from pipeline.models.trained import TrainedState, load_head, save_head, trained_state
-from pipeline.models.trunk import BaseOrigin, Handle, Role, Trunk
+from pipeline.models.trunk import Handle, Role, Trunk
+from pipeline.pair_codec import PairCodec
 from pipeline.runfolder import read_json, verify, write_json_atomic, writing
 
 HANDLE = "handle.json"
@@ -68,12 +71,29 @@ class ModelStore:
     # --- starting points ---
 
     def pretrained(self, path: str | None = None, revision: str | None = None) -> Handle:
-        """The bare model of a Hub id or folder (default: `model.path`)."""
+        """The bare model of a Hub id or folder (default: `model.path`), which writes text.
+
+        Raises:
+            ModelError: it is an encoder.
+        """
         if path is None:
             assert self.section.path is not None
             path, revision = self.section.path, self.section.revision
-        trunk, tokenizer = self._load_base(path, revision)
-        return Handle(trunk, Role("base"), self._codec(tokenizer, trunk.model))
+        handle = self._bare(path, revision)
+        loading.refuse_encoder(handle.trunk.model.config, path)
+        return replace(handle, codec=self._of_run(handle.codec))
+
+    def other_base(
+        self, path: str, revision: str | None, max_prompt_tokens: int, max_response_tokens: int
+    ) -> Handle:
+        """A bare model besides the run's base, encoders too, with token limits of its own.
+
+        Its codec keeps prompt and response within its positions.
+        """
+        handle = self._bare(path, revision)
+        codec = handle.codec.with_limits(max_prompt_tokens, max_response_tokens)
+        codec = codec.with_positions(positions(handle.trunk.model))
+        return replace(handle, codec=self._of_run(codec))
 
     def build(self, texts: list[str]) -> Handle:
         """A small model with random weights and a tokenizer trained on `texts` (init: config)."""
@@ -83,7 +103,7 @@ class ModelStore:
         )
         trunk = Trunk(model, BaseOrigin("model.architecture", "random")).place(self.device)
         trunk.freeze()
-        return Handle(trunk, Role("base"), self._codec(tokenizer, model))
+        return Handle(trunk, Role("base"), self._of_run(self._codec(tokenizer, trunk)))
 
     def resolve(self, resource: str, stage: str) -> Handle:
         """The handle that a user names: a run, an artifact, a PEFT adapter, a model, a Hub id.
@@ -96,6 +116,8 @@ class ModelStore:
         if artifact is not None:
             verify(artifact)
             handle, limits = self.open(artifact), self.data
+            if handle.codec.max_tokens is not None:
+                return handle  # on a base with limits of its own
             return replace(
                 handle,
                 codec=handle.codec.with_limits(
@@ -192,9 +214,8 @@ class ModelStore:
             )
         if role.head is not None:
             save_head(state.head, folder / "head.safetensors")
-        write_json_atomic(
-            folder / HANDLE, {"format": 1, "role": role.name, "head": role.head, "base": base}
-        )
+        record = {"format": 1, "role": role.name, "head": role.head, "base": base}
+        write_json_atomic(folder / HANDLE, record | {"pooling": role.pooling})
         self._live.pop(folder.resolve(), None)
 
     def adopt(self, handle: Handle, folder: Path) -> None:
@@ -219,7 +240,7 @@ class ModelStore:
         if folder in self._live:
             return self._live[folder]
         info = read_json(folder / HANDLE)
-        codec = Codec.load(folder / "tokenizer").of_run(self.data.system_prompt, self.generation)
+        codec = self._of_run(Codec.load(folder / "tokenizer"))
         adapter = head = None
         if info["base"] is None:
             trunk, _ = self._load_base(str(folder / "model"), None)
@@ -231,7 +252,7 @@ class ModelStore:
             head = _free_name(info["head"], set(trunk.heads))
             trunk.add_head(head, load_head(folder / "head.safetensors"))
         trunk.freeze()
-        handle = Handle(trunk, Role(info["role"], adapter, head), codec)
+        handle = Handle(trunk, Role(info["role"], adapter, head, info.get("pooling")), codec)
         self._live[folder] = handle
         return handle
 
@@ -276,16 +297,23 @@ class ModelStore:
         whole: dict[str, Tensor] = model.state_dict()
         return whole
 
-    def _codec(self, tokenizer: Any, model: Any) -> Codec:
-        codec = Codec(
+    def _bare(self, path: str, revision: str | None) -> Handle:
+        trunk, tokenizer = self._load_base(path, revision)
+        return Handle(trunk, Role("base"), self._codec(tokenizer, trunk))
+
+    def _of_run(self, codec: Codec) -> Codec:
+        return codec.of_run(self.data.system_prompt, self.generation)
+
+    def _codec(self, tokenizer: Any, trunk: Trunk) -> Codec:
+        kind = PairCodec if trunk.is_encoder else Codec
+        return kind(
             tokenizer,
-            stop_ids=loading.stop_ids(model),
-            encoder_decoder=model.config.is_encoder_decoder,
+            stop_ids=loading.stop_ids(trunk.model),
+            encoder_decoder=trunk.model.config.is_encoder_decoder,
             chat_template=self.section.chat_template,
             max_prompt_tokens=self.data.max_prompt_tokens,
             max_response_tokens=self.data.max_response_tokens,
         )
-        return codec.of_run(self.data.system_prompt, self.generation)
 
     def _load_base(self, path: str, revision: str | None) -> tuple[Trunk, Any]:
         identity = loading.base_identity(path, revision)

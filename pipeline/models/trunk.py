@@ -1,6 +1,5 @@
 """Trunks and handles: one base, its named adapters and its heads behind one `forward`."""
 
-import re
 from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
@@ -24,10 +23,12 @@ from pipeline.models.adapters import (
     tuner_layers,
 )
 from pipeline.models.calls import DecodeOutput, DecodeStep, TrunkOutput, Writing
+from pipeline.models.encoders import pooled_states
 from pipeline.models.heads import ScalarHead
-from pipeline.models.joiner import PackedJoiner, make_joiner
+from pipeline.models.joiner import EncoderJoiner, PackedJoiner, make_joiner
 from pipeline.models.last_layer import Reads, choose_places, last_layer_at, selective_layer
-from pipeline.models.passes import body, decoder, recomputed, recomputing, row_by_row, tail
+from pipeline.models.origin import BaseOrigin
+from pipeline.models.passes import body, decoder, recomputed, recomputing, row_by_row, tail, widths
 from pipeline.tensors import entropy, scatter, send, tempered, tensors_hash, token_logprobs, widen
 
 # Elements of the logits in memory at a time: 64 MiB in float32.
@@ -44,24 +45,7 @@ class Role:
     name: str
     adapter: str | None = None
     head: str | None = None
-
-
-@dataclass(frozen=True)
-class BaseOrigin:
-    """Where a trunk's base weights can be loaded from, and what identifies them.
-
-    `identity` is the SHA-256 of the weight files, or the commit of a Hub model: adapters trained on
-    a base fit this identity, wherever its folder lies.
-    """
-
-    path: str
-    identity: str
-    revision: str | None = None
-
-    @property
-    def is_local(self) -> bool:
-        """Whether the base is a folder (known by a hash), not a Hub model (known by its name)."""
-        return re.fullmatch("[0-9a-f]{64}", self.identity) is not None
+    pooling: str | None = None  # what a score reads of an encoder (`encoders.READINGS`)
 
 
 class Trunk(nn.Module):
@@ -75,8 +59,8 @@ class Trunk(nn.Module):
         self.model = model
         self.heads = nn.ModuleDict()
         self.origin = origin
-        # The output layer's: logits a position, and the width of the states that it and heads read.
-        self.vocabulary_size, self.hidden_size = model.get_output_embeddings().weight.shape
+        # Logits a position, and the width of the states that the output layer and heads read.
+        self.vocabulary_size, self.hidden_size = widths(model)
         self.tokenizer: Any = None  # the one that came with the base, if it was loaded
         self.joiner = make_joiner(model)
         # Where it can be computed at some positions only. In a tuple: the layer is the model's, not
@@ -109,6 +93,9 @@ class Trunk(nn.Module):
         if isinstance(batch, Writing):
             written: Tensor = self.model.generate(batch.input_ids, **batch.settings)
             return written
+        if self.is_encoder:
+            assert set(want) == {"scores"}, f"an encoder has no {want}"
+            return TrunkOutput(scores=self._head(role)(self._pooled(batch, role)))
         mask = batch.response_mask  # on the host, like the batch
         of_tokens = not {"values", "logprobs", "entropy"}.isdisjoint(want)
         of_last = "scores" in want
@@ -163,6 +150,12 @@ class Trunk(nn.Module):
             hidden_md = hidden_md.index_select(0, send(reads.order, self.device))
         tokens = len(reads.order) - of_last * len(batch)
         return states, hidden_md[:tokens], hidden_md[tokens:]
+
+    def _pooled(self, batch: TokenBatch, role: Role) -> Tensor:
+        assert role.pooling is not None, f"role {role.name} does not say what its score reads"
+        recomputes = self.recompute and torch.is_grad_enabled()
+        again = partial(recomputed, self.model, role.adapter) if recomputes else None
+        return pooled_states(self.model, self.joiner(batch), role.pooling, self.device, again)
 
     def _token_numbers(
         self,
@@ -242,6 +235,11 @@ class Trunk(nn.Module):
         return wide and not torch.is_autocast_enabled(self.device.type)
 
     @property
+    def is_encoder(self) -> bool:
+        """Whether it reads in both directions and writes nothing: it gives scores alone."""
+        return isinstance(self.joiner, EncoderJoiner)
+
+    @property
     def packs(self) -> bool:
         """Whether a batch passes without padding: it then costs its tokens, not its rectangle."""
         return isinstance(self.joiner, PackedJoiner)
@@ -294,6 +292,12 @@ class Trunk(nn.Module):
     def whole(self) -> AbstractContextManager[None]:
         """Within it all weights are here, and a pass waits for no other process."""
         return nullcontext() if self.shards is None else self.shards.whole()
+
+    def freeze_output_layer(self) -> None:
+        """Leave an output layer of its own as it is: no score depends on it, and DDP would wait."""
+        output = self.model.get_output_embeddings()
+        if output is not None and output.weight is not self.model.get_input_embeddings().weight:
+            output.weight.requires_grad_(False)
 
     def drop_output_layer(self) -> None:
         """Let go of weights that only logits need: of a model whose values alone are asked for."""

@@ -25,6 +25,7 @@ class Completions:
     completion_ids: Sequence[Sequence[int]]
     texts: Sequence[str]
     ended: Sequence[bool]  # by a stop token or string, not cut by the length limit
+    codec: Codec | None = None  # whose ids these are; None: of whoever reads them
     # The responses as training would have them (`Codec.closed_ids`), where there are stop strings.
     closed_ids: Sequence[Sequence[int]] | None = None
 
@@ -44,7 +45,7 @@ class Completions:
         ]
         texts = [codec.text(*row) for row in rows]
         closed = [codec.closed_ids(*row) for row in rows] if codec.stop_strings else None
-        return cls(prompts, prompt_ids, completion_ids, texts, ended, closed)
+        return cls(prompts, prompt_ids, completion_ids, texts, ended, codec, closed)
 
     @property
     def read_ids(self) -> Sequence[Sequence[int]]:
@@ -59,6 +60,7 @@ class Completions:
             completion_ids=[self.completion_ids[row] for row in rows],
             texts=[self.texts[row] for row in rows],
             ended=[self.ended[row] for row in rows],
+            codec=self.codec,
             closed_ids=self.closed_ids and [self.closed_ids[row] for row in rows],
         )
 

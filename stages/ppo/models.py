@@ -7,8 +7,9 @@
 
 With `ppo.algorithm: rejection_sampling` there is no value model.
 With `ppo.value: shared` the value is a head on the policy's hidden states. Without a reward model
-of ours, or with several, the value model starts from the policy's start with a zero head. With full
-fine-tuning the reference may lie on another device or in another type (`ppo.reference`).
+of ours that reads the policy's ids, or with several, the value model starts from the policy's start
+with a zero head. With full fine-tuning the reference may lie on another device or in another type
+(`ppo.reference`).
 """
 
 from dataclasses import dataclass
@@ -94,33 +95,16 @@ def open_start(context: Context) -> Handle:
     return start.with_role("policy", head=None)
 
 
-def open_rewards(context: Context, start: Handle) -> RewardSource:
-    """What scores the responses: `ppo.rewards`, or the run's reward model.
-
-    Raises:
-        ModelError: a reward model of ours that reads another vocabulary than the policy's.
-    """
-    store, named = context.store, context.config.ppo.rewards
+def open_rewards(context: Context) -> RewardSource:
+    """What scores the responses: `ppo.rewards`, or the run's reward model."""
+    store = context.store
     opener = Opener(
         store,
         context.config.model,
         context.config.ppo.rollout.micro_batch_tokens,
         lambda: store.open(context.parents["reward"]),
     )
-    rewards = opener.open(named)
-    for name, model in models_of(rewards).items():
-        if not isinstance(model, Handle) or model.codec.same_ids(start.codec):
-            continue
-        if not isinstance(named, str):
-            named = name or "the reward model of this run"
-        raise ModelError(
-            f"ppo.rewards is {named}, with the vocabulary of "
-            f"{model.codec.name!r}, but the policy ({context.config.ppo.policy or 'SFT'}) "
-            f"has that of {start.codec.name!r}: it would read other tokens than were sampled. "
-            "Train the reward model on the policy's base, or name a sequence-classification model "
-            "or a function, which read text."
-        )
-    return rewards
+    return opener.open(context.config.ppo.rewards)
 
 
 def build_models(
@@ -135,7 +119,7 @@ def build_models(
     policy = store.trainable_copy(start, "policy", section.tuning, lora)
     value = None
     if section.algorithm == "ppo":
-        value = _value_model(policy, start, value_source(rewards), config, store)
+        value = _value_model(policy, start, value_source(start, rewards), config, store)
     # Last: all that starts from the start's weights has them by now.
     reference = start.with_role("reference")
     if section.reference.is_set:
@@ -150,13 +134,14 @@ def build_models(
     return Models(policy, reference, value)
 
 
-def value_source(rewards: RewardSource | None) -> WeightedModel | None:
+def value_source(start: Handle, rewards: RewardSource | None) -> WeightedModel | None:
     """The reward model that the value model starts from: the only one of ours that counts.
 
-    Of several, none says what their sum will be.
+    It has to read the policy's ids. Of several, none says what their sum will be.
     """
     found = weighted_models(rewards)
-    return found[0] if len(found) == 1 else None
+    reads_ids = len(found) == 1 and found[0].handle.codec.same_ids(start.codec)
+    return found[0] if reads_ids else None
 
 
 def _value_model(

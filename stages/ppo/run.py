@@ -93,7 +93,7 @@ class Training:
         self.runtime = runtime = context.runtime
         check_prompts(context)
         start = open_start(context)
-        self.rewards = open_rewards(context, start)
+        self.rewards = open_rewards(context)
         # New adapters start at random. Opening may draw numbers too (from files) or not (live).
         runtime.seed_all("ppo")
         self.models = build_models(start, self.rewards, context.config, context.store)

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.config import NonNegative, Positive, PositiveInt, Section, Tuning
+from pipeline.config import NonNegative, Positive, PositiveInt, Resource, Section, Tuning
 from pipeline.fit_config import FitSection, OptimSection
 
 
@@ -36,7 +36,7 @@ class NormalisationSection(Section):
 
 
 class RewardSection(FitSection):
-    """Reward model: a scalar head on the SFT model, trained from rankings, K responses at once."""
+    """Reward model: a scalar head on the SFT model, or on any base, trained from rankings."""
 
     tuning: Tuning = Field(
         "full",
@@ -44,6 +44,29 @@ class RewardSection(FitSection):
     )
     start: Literal["sft", "base"] = Field(
         "sft", description="Weights to start from: the run's SFT model, or its base before SFT."
+    )
+    base: Resource | None = Field(
+        None,
+        description="Hub id or folder of another base to start from, with its own tokenizer: a "
+        "decoder, or an encoder (BERT, RoBERTa, DeBERTa, ModernBERT, ...); docs/reward-models.md.",
+    )
+    base_revision: str | None = Field(
+        None, description="Branch, tag or commit of `reward.base` on the Hub."
+    )
+    pooling: Literal["auto", "first", "mean"] = Field(
+        "auto",
+        description="What a score reads of an encoder: its `first` token's state, the `mean` of "
+        "all; `auto` is how the base itself was pooled. Decoders are read at their last token.",
+    )
+    max_prompt_tokens: PositiveInt | None = Field(
+        None,
+        description="Longest prompt in tokens of `reward.base`; null: data.max_prompt_tokens. "
+        "Prompts are cut further, from the front, to the base's positions.",
+    )
+    max_response_tokens: PositiveInt | None = Field(
+        None,
+        description="Longest response in tokens of `reward.base`; null: data.max_response_tokens; "
+        "at most half of the base's positions.",
     )
     loss: Literal["pairwise", "plackett_luce"] = Field(
         "pairwise",
@@ -62,6 +85,29 @@ class RewardSection(FitSection):
     normalisation: NormalisationSection = Field(
         NormalisationSection(), description="Zero and unit of the score, set after training."
     )
+
+    @model_validator(mode="after")
+    def _settings_of_another_base(self) -> "RewardSection":
+        if self.base is not None:
+            if self.start == "base":
+                raise ValueError(
+                    f"reward.start is base but reward.base is {self.base!r}, which is where the "
+                    "reward model starts: remove one of them"
+                )
+            return self
+        given = {
+            "base_revision": self.base_revision,
+            "pooling": None if self.pooling == "auto" else self.pooling,
+            "max_prompt_tokens": self.max_prompt_tokens,
+            "max_response_tokens": self.max_response_tokens,
+        }
+        for name, value in given.items():
+            if value is not None:
+                raise ValueError(
+                    f"reward.{name} is {value} but belongs to another base, and reward.base names "
+                    f"none: set reward.base or remove reward.{name}"
+                )
+        return self
 
     @model_validator(mode="after")
     def _margins_are_pairwise(self) -> "RewardSection":

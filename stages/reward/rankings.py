@@ -40,13 +40,11 @@ def encode_rankings(codec: Codec, rankings: Sequence[Ranking]) -> list[EncodedRa
     """Tokenise rankings; what was cut to the limits is counted in `codec.counts`."""
     encoded = []
     for ranking in rankings:
-        is_conversation = not isinstance(ranking.prompt, str)
+        prompt_ids, response_ids = codec.ranked_ids(ranking.prompt, ranking.responses)
         encoded.append(
             EncodedRanking(
-                prompt_ids=codec.prompt_ids(ranking.prompt),
-                response_ids=[
-                    codec.response_ids(text, is_conversation) for text in ranking.responses
-                ],
+                prompt_ids=prompt_ids,
+                response_ids=response_ids,
                 ranks=ranking.ranks,
                 ratings=ranking.scores,
                 annotator=ranking.annotator,

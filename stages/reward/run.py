@@ -5,6 +5,7 @@ each of a prompt's K responses is encoded once, and the loss of a prompt is the 
 comparable pairs. The head starts at N(0, 1/(d+1)) (Stiennon 2020, arXiv:2009.01325) and reads the
 last response token. Deliberate deviation: InstructGPT shifts the score so that labelers'
 demonstrations have mean 0; here the SFT policy's own samples do, since PPO starts from those.
+With `reward.base` the head is on another base, which may be an encoder (docs/reward-models.md).
 
     rlhf reward configs/quickstart.yaml
 """
@@ -18,12 +19,14 @@ from typing import Any
 
 import torch
 
-from pipeline.errors import DataError, TrainingError
+from pipeline.errors import DataError, ModelError, TrainingError
 from pipeline.generation import LocalEngine, Sampling
 from pipeline.hf_trainer import FitSummary
+from pipeline.models.encoders import default_pooling
 from pipeline.models.heads import ScalarHead
+from pipeline.models.store import ModelStore
 from pipeline.models.trunk import Handle
-from pipeline.records import Prompt, PromptText, Ranking
+from pipeline.records import Prompt, Ranking
 from pipeline.rewards import Completions, ModelReward
 from pipeline.runfolder import write_json_atomic
 from pipeline.stage import Context, Summary
@@ -57,16 +60,19 @@ class RewardStage:
     def needs(self, config: Any) -> tuple[str, ...]:
         """The SFT model: to start from, and to sample the responses that set the score's zero."""
         section = config.reward
-        return ("sft",) if section.start == "sft" or section.normalisation.mode != "none" else ()
+        starts_here = section.base is None and section.start == "sft"
+        return ("sft",) if starts_here or section.normalisation.mode != "none" else ()
 
     def reads(self, config: Any) -> tuple[str, ...]:
         """Rankings."""
         return ("rankings",)
 
     def resources(self, config: Any) -> Mapping[str, str]:
-        """The base, if the reward model starts from it; the SFT model is a parent."""
-        path = config.model.path
-        return {} if path is None or config.reward.start == "sft" else {"model.path": path}
+        """The base that the reward model starts from; the SFT model is a parent."""
+        section, path = config.reward, config.model.path
+        if section.base is not None:
+            return {"reward.base": section.base}
+        return {} if path is None or section.start == "sft" else {"model.path": path}
 
     def run(self, context: Context) -> Summary:
         """Train, measure on held-out rankings, normalise, and leave model and `report.json`.
@@ -92,12 +98,7 @@ class RewardStage:
         normalisation = None
         if section.normalisation.mode != "none":
             assert sft is not None
-            # One response to each prompt, however many rankings it has.
-            prompts = {
-                tuple(ids.prompt_ids): ranking.prompt
-                for ids, ranking in zip(train, split.train, strict=True)
-            }
-            normalisation = normalise(handle, sft, prompts, context)
+            normalisation = normalise(handle, sft, split.train, context)
         report = {
             "training": {
                 "rankings": len(train),
@@ -119,7 +120,9 @@ class RewardStage:
 def reward_handle(context: Context, sft: Handle | None) -> Handle:
     """The model to train: the start's function with weights of its own, and a random head."""
     config, runtime, store = context.config, context.runtime, context.store
-    if config.reward.start == "sft":
+    if config.reward.base is not None:
+        start = other_base(config, store)
+    elif config.reward.start == "sft":
         assert sft is not None
         start = sft
     else:
@@ -132,6 +135,34 @@ def reward_handle(context: Context, sft: Handle | None) -> Handle:
     generator = torch.Generator().manual_seed(runtime.seed("reward", "head"))
     handle.trunk.add_head(head_name).init_normal(generator)
     return handle.with_role("reward", head=head_name)
+
+
+def other_base(config: Any, store: ModelStore) -> Handle:
+    """`reward.base` under its own limits, and of an encoder what its score reads.
+
+    Raises:
+        ModelError: it cannot be loaded, or `reward.pooling` is set for one that is no encoder.
+    """
+    section, data = config.reward, config.data
+    handle = store.other_base(
+        section.base,
+        section.base_revision,
+        section.max_prompt_tokens or data.max_prompt_tokens,
+        section.max_response_tokens or data.max_response_tokens,
+    )
+    model = handle.trunk.model
+    if handle.trunk.is_encoder:
+        pooling = section.pooling
+        if pooling == "auto":
+            pooling = default_pooling(section.base, section.base_revision, model.config)
+        return handle.with_role("base", pooling=pooling)
+    if section.pooling != "auto":
+        raise ModelError(
+            f"reward.pooling is {section.pooling} but reward.base {section.base} is no encoder "
+            f"({model.config.model_type}): its score reads the last token. Set reward.pooling to "
+            "auto"
+        )
+    return handle
 
 
 def train_handle(
@@ -149,10 +180,7 @@ def train_handle(
     records = context.corpus.rankings
     for parameter in handle.parameters():
         parameter.requires_grad_(True)
-    model = handle.trunk.model
-    output = model.get_output_embeddings().weight
-    # No score depends on an output layer of its own: it stays as it is (and DDP would wait for it).
-    output.requires_grad_(output.requires_grad and output is model.get_input_embeddings().weight)
+    handle.trunk.freeze_output_layer()
     context.runtime.shard(handle.trunk, *([] if sft is None else [sft.trunk]))
     trainer = RankingTrainer(
         handle,
@@ -200,16 +228,18 @@ def measure(
 
 
 def normalise(
-    handle: Handle, sft: Handle, prompts: Mapping[tuple[int, ...], PromptText], context: Context
+    handle: Handle, sft: Handle, rankings: Sequence[Ranking], context: Context
 ) -> Normalisation:
     """Set the head's shift (and scale) by the SFT policy's own responses to training prompts.
 
-    `prompts` are distinct ones, by token ids. Every process samples and scores its share.
+    One response to each prompt, by its token ids, however many rankings it has. Every process
+    samples and scores its share.
 
     Raises:
         TrainingError: the scores have no spread to scale by.
     """
     section, runtime = context.config.reward.normalisation, context.runtime
+    prompts = {tuple(sft.codec.prompt_ids(ranking.prompt)): ranking.prompt for ranking in rankings}
     order = list(prompts)
     random.Random(runtime.seed("reward", "normalisation")).shuffle(order)
     chosen = order[: section.num_samples]

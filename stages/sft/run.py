@@ -10,11 +10,12 @@ a step is divided by its response tokens, not by its demonstrations, as everywhe
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.codec import PLAIN_CHAT_TEMPLATE, Codec
+from pipeline.codec import Codec
 from pipeline.errors import DataError
 from pipeline.hf_trainer import FitSummary
 from pipeline.models.trunk import Handle
 from pipeline.records import Demonstration, PromptText, each_reply
+from pipeline.rendering import PLAIN_CHAT_TEMPLATE
 from pipeline.stage import Context, Summary
 from pipeline.trainer_callbacks import MeasuredMemory
 from stages.sft.trainer import DemonstrationRows, SftTrainer

@@ -11,7 +11,8 @@ from torch import Tensor
 from pipeline.config import RunSection
 from pipeline.models.heads import ScalarHead
 from pipeline.models.lean_layers import slim
-from pipeline.models.trunk import BaseOrigin, Handle, Role, Trunk
+from pipeline.models.origin import BaseOrigin
+from pipeline.models.trunk import Handle, Role, Trunk
 from pipeline.tensors import scatter
 from stages.reward.config import RewardSection
 from stages.reward.rankings import EncodedRanking, RankingBatch, RankingRows

@@ -4,10 +4,11 @@ import pytest
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
-from pipeline.codec import PLAIN_CHAT_TEMPLATE, Codec
+from pipeline.codec import Codec
 from pipeline.errors import ModelError
 from pipeline.models.loading import END_TOKEN, train_tokenizer
 from pipeline.records import Message
+from pipeline.rendering import PLAIN_CHAT_TEMPLATE
 
 TEXTS = [
     "hello there, how are you today?",

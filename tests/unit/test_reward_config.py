@@ -10,7 +10,7 @@ from pipeline.errors import ConfigError
 from pipeline.keys import stage_material
 from pipeline.reward_list import reward_entries, single_entries, source_names, uses_own
 from pipeline.yaml_config import dump_config, read_config
-from stages.check import _check_rewards
+from stages.check_models import check_rewards
 from stages.config import RunConfig
 from stages.export.run import _steps
 from stages.ppo.config import PpoSection
@@ -175,7 +175,7 @@ def test_a_model_card_says_what_the_policy_was_trained_against(rewards: Any, wor
 def test_a_check_looks_at_every_source_it_can(read: Any, monkeypatch: Any) -> None:
     monkeypatch.delenv("SCORER_KEY", raising=False)
     entries = "{http: 'http://x/s', auth_env: SCORER_KEY}, {ensemble: [own, r.py:gone]}"
-    findings = list(_check_rewards(read(f"[{entries}, 'http://y/s']"), offline=True))
+    findings = list(check_rewards(read(f"[{entries}, 'http://y/s']"), offline=True))
     assert [(f.setting, bool(f.fault)) for f in findings] == [
         ("ppo.rewards.0", True), ("ppo.rewards.1.ensemble.1", True), ("ppo.rewards.2", False)
     ]  # fmt: skip

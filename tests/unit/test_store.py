@@ -11,9 +11,9 @@ import torch
 from pipeline.config import DataSection, LoraSection, ModelSection
 from pipeline.errors import ModelError, PipelineError
 from pipeline.models import adapters
+from pipeline.models.origin import BaseOrigin
 from pipeline.models.store import HANDLE, ModelStore, find_artifact
 from pipeline.models.trained import save_head
-from pipeline.models.trunk import BaseOrigin
 from pipeline.runfolder import write_manifest
 from tests.unit.test_models import batch, train_adapter
 
