@@ -155,13 +155,16 @@ def summary(arm: str, results: Sequence[dict[str, Any]]) -> str:
 def main() -> None:
     """Train and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="rows of HH harmless-base")
+    parser.add_argument("--data", type=Path, help="rows of HH harmless-base (test.jsonl.gz)")
     parser.add_argument("--base", help="folder or Hub id of the pretrained encoder")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--arms", nargs="+", default=["pretrained", "scratch"])
     parser.add_argument("--choose", action="store_true", help="judge on rows of the training part")
     parser.add_argument("overrides", nargs="*", help="section.field=value")
     args = parser.parse_intermixed_args()
+    if args.data is None:
+        print("left out: name the file of HH's harmless-base (--data test.jsonl.gz)")
+        return
     base = minilm(args.base)
     print(f"base {base}; {' '.join(args.overrides) or 'settings of this file'}", flush=True)
     table = [

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from pipeline.config import DataSection, ModelSection
@@ -14,6 +16,7 @@ from pipeline.resume import States
 from pipeline.yaml_config import read_config
 from stages.config import RunConfig
 from stages.memory import predicted_files, predicted_footprint
+from tests.families import WORDS, final_state, plain_model, write_model, write_rows
 from tests.tiny_chain import SMALLEST, Killed, assert_same, rlhf, samples
 from tests.tiny_encoders import save_encoder
 
@@ -81,6 +84,35 @@ def test_the_chain_runs_with_a_reward_model_on_an_encoder(place, tuning):
     rlhf("ppo", f"ppo.rewards={run}", f"ppo.policy={run}", "run.name=other")
     others = samples(place / "runs/other/ppo")
     assert [row["score"] for row in others] == [row["score"] for row in drawn]
+
+
+@pytest.mark.parametrize("tuning", ["full", pytest.param("lora", marks=pytest.mark.slow)])
+def test_the_base_may_be_an_encoder_decoder(place, tuning):
+    base = write_model("t5", place / "t5")
+    write_rows(place / "p.jsonl", [{"prompt": f"say {word}"} for word in WORDS])
+    settings = ["reward.base=t5", f"reward.tuning={tuning}", "reward.max_response_tokens=30"]
+    settings += ["reward.max_prompt_tokens=30", "data.prompts=p.jsonl"]
+    for stage in ("sft", "reward", "ppo"):
+        rlhf(stage, *settings)
+    artifact = place / "runs/r/reward/artifact"
+    head = load_file(artifact / "head.safetensors")
+    if tuning == "full":
+        model = plain_model(artifact / "model")
+    else:
+        model = PeftModel.from_pretrained(plain_model(base), artifact / "adapter").eval()
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    compared = 0
+    for row in samples(place / "runs/r/ppo"):
+        # The prompt's text for the encoder, the response's for the decoder, both closed.
+        prompt, response = tokenizer(row["prompt"]).input_ids, tokenizer(row["response"]).input_ids
+        if not row["ended"]:
+            response = response[:-1]
+        if len(prompt) <= 30 and 0 < len(response) <= 30:
+            state = final_state(model, prompt, response)
+            score = (state @ head["weight"] + head["bias"] - head["shift"]) / head["scale"]
+            assert row["score"] == pytest.approx(float(score), abs=1e-4)
+            compared += 1
+    assert compared >= 3
 
 
 def test_predicted_memory_and_files_are_those_of_the_run(place):
