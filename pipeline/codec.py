@@ -7,6 +7,7 @@ merge across the seam into tokens that a sampling policy never sees.
 import copy
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -141,12 +142,18 @@ class Codec(Rendering):
 
         A pair begins with the token that the one before it ends with: every token but the text's
         first (BOS, where the tokenizer has one) is predicted once. None of a text of one token. The
-        end of a text is no end of a response: `end_id` is not appended.
+        end of a text is no end of a response: `end_id` is not appended. Of an encoder-decoder the
+        one token is a whole text of the encoder's, and the decoder has its own limit.
         """
-        ids = [*self._opening, *self._plain_ids(text)]
-        size = self.max_prompt_tokens + self.max_response_tokens - 1
-        starts = range(0, len(ids) - 1, size)
-        return [(ids[start : start + 1], ids[start + 1 : start + 1 + size]) for start in starts]
+        ids = self._plain_ids(text)
+        opening, closing, size = self._opening, self._closing, self.max_response_tokens
+        if not self.encoder_decoder:
+            ids = [*opening, *ids]
+            opening, closing, size = [], [], self.max_prompt_tokens + size - 1
+        return [
+            ([*opening, ids[start], *closing], ids[start + 1 : start + 1 + size])
+            for start in range(0, len(ids) - 1, size)
+        ]
 
     def text(self, response_ids: list[int], conversation: bool = False) -> str:
         """Text of a response without its stop token, special tokens and the template's lead.
@@ -188,7 +195,7 @@ class Codec(Rendering):
 
     @property
     def writes(self) -> bool:
-        """Whether it is of a model that writes responses, not one that reads text to score it."""
+        """See `Rendering`: what reads text has rows, or limits, of its own."""
         return self.rows == "joined" and self.max_tokens is None
 
     def same_ids(self, other: "Codec") -> bool:
@@ -213,12 +220,15 @@ class Codec(Rendering):
     def of_run(self, system_prompt: str | None, generation: GenerationSection | None) -> "Codec":
         """The codec as a run speaks and samples; what the run leaves open stays as it is.
 
-        One that does not write has nothing to sample.
+        One that only reads has nothing to sample, and the system turn where its template has one.
 
         Raises:
             ConfigError, ModelError: see `sampling_by` and `with_system_prompt`.
         """
-        codec = self if system_prompt is None else self.with_system_prompt(system_prompt)
+        codec = self
+        if system_prompt is not None:
+            with nullcontext() if self.writes else suppress(ModelError):
+                codec = self.with_system_prompt(system_prompt)
         if generation is None or not self.writes:
             return codec
         return codec.sampling_by(generation)

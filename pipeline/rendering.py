@@ -63,6 +63,11 @@ class Rendering:
         return self.template_source == "tokenizer" or self._rendered_turns
 
     @property
+    def writes(self) -> bool:
+        """Whether its model writes responses, and does not only read text to score it."""
+        return True
+
+    @property
     def answers_turns(self) -> bool:
         """Whether the model was trained on turns of a conversation, not on plain text alone."""
         return self._string_as_turn or self._rendered_turns
@@ -98,9 +103,21 @@ class Rendering:
             )
         return other
 
+    def without_system_prompt(self) -> Self:
+        """The same with conversations as they come."""
+        other = copy.copy(self)
+        other.system_prompt = None
+        return other
+
+    def of_plain_text(self) -> Self:
+        """The same with strings as they stand: no turn of a template, no system turn before it."""
+        other = self.without_system_prompt()
+        other._string_as_turn = False
+        return other
+
     def _turns(self, prompt: PromptText) -> tuple[Message, ...] | None:
         if isinstance(prompt, str) and not self._string_as_turn:
-            if self.system_prompt is not None:
+            if self.system_prompt is not None and self.writes:
                 raise ConfigError(
                     f"data.system_prompt is set, but a prompt is plain text ({prompt[:40]!r}), "
                     "which is used as it stands: it has no turns to put a system turn before. "

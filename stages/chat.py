@@ -12,7 +12,7 @@ import sys
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TextIO, TypeVar
 
 from rich.console import Console
@@ -43,6 +43,9 @@ HELP = {
 }
 
 
+NO_SYSTEM = ""  # of `/system` without a text
+
+
 @dataclass
 class Settings:
     """How answers are drawn and prompts made."""
@@ -50,7 +53,7 @@ class Settings:
     temperature: float
     max_new_tokens: int
     seed: int = 1
-    system: str | None = None
+    system: str | None = None  # None: the run's own, if it has one
     plain: bool = False  # complete the text as it stands, whatever the policy was trained on
 
 
@@ -104,6 +107,10 @@ class Chat:
         settings = self.settings
         handle = fitted(self.target.policy(name), settings.max_new_tokens)
         prompt = self._prompt(name, text, handle)
+        if isinstance(prompt, str):
+            handle = replace(handle, codec=handle.codec.of_plain_text())
+        elif settings.system == NO_SYSTEM:
+            handle = replace(handle, codec=handle.codec.without_system_prompt())
         ids = handle.codec.prompt_ids(prompt)
         if handle.codec.counts[PROMPTS_CUT]:
             self._note_once("the conversation is longer than the model reads: its start is cut off")
@@ -128,7 +135,7 @@ class Chat:
                 )
             return text
         system = self.settings.system
-        messages = [] if system is None else [Message("system", system)]
+        messages = [Message("system", system)] if system else []
         for turn in self.turns:
             messages += [Message("user", turn.user), Message("assistant", turn.answer(name))]
         return (*messages, Message("user", text))
@@ -157,7 +164,7 @@ class Chat:
         elif name == "clear":
             self.turns.clear()
         elif name == "system":
-            self.settings.system = rest or None
+            self.settings.system = rest or NO_SYSTEM
         elif name == "temperature":
             self.settings.temperature = _number(float, rest, "/temperature 0.7", least=0)
         elif name == "max":

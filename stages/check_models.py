@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from pipeline.codec import Codec
-from pipeline.config import function_reference
+from pipeline.config import Tuning, function_reference
 from pipeline.errors import ModelError, PipelineError
+from pipeline.generation.vllm_adapters import adapter_refusals
 from pipeline.models.adapters import adapter_parameters, add_adapter, lora_config
 from pipeline.models.empty import empty_model
 from pipeline.models.encoders import READINGS, default_pooling, positions
@@ -65,6 +66,8 @@ def check_models(config: RunConfig, stages: Sequence[str], offline: bool) -> Ite
         yield _examine("ppo.policy", config.ppo.policy, config, offline, stage="sft")
     if "ppo" in stages:
         yield from check_rewards(config, offline)
+        if config.ppo.rollout.engine == "vllm":
+            yield from _check_served("ppo.rollout.engine", config, offline)
     if "evaluation" in stages and config.evaluation.gold is not None:
         yield _examine("evaluation.gold", config.evaluation.gold, config, offline)
     if "export" in stages:
@@ -120,15 +123,15 @@ def _examine(
 
 def _check_exports(config: RunConfig, offline: bool) -> Iterator[Finding]:
     """Would llama.cpp's converter, vLLM and plain classifiers take what will be there?"""
-    export, policy = config.export, config.ppo.policy or config.model.path
+    export = config.export
+    if export.vllm:
+        yield from _check_served("export.vllm", config, offline)
     looks: list[tuple[str, str, Callable[[], str]]] = []
     if export.gguf is not None:
         named = export.gguf
         looks.append(("export.gguf", named, lambda: f"a converter: {check_converter(named).name}"))
-    if export.vllm and policy is not None and not find_artifact(policy, "sft"):
-        looks.append(("export.vllm", policy, lambda: _served(policy, config)))
-    if export.asks_for_reward and config.model.path is not None:
-        base = config.model.path
+    base = config.reward.base or config.model.path
+    if export.asks_for_reward and base is not None:
         looks.append(("export.reward", base, lambda: _scored(base, config)))
     for setting, resource, look in looks:
         try:
@@ -138,14 +141,34 @@ def _check_exports(config: RunConfig, offline: bool) -> Iterator[Finding]:
             yield Finding(setting, resource, "", str(error))
 
 
-def _served(path: str, config: RunConfig) -> str:
+def _check_served(setting: str, config: RunConfig, offline: bool) -> Iterator[Finding]:
+    """Would vLLM take the run's adapter on its base?"""
+    path = config.ppo.policy or config.model.path
+    if path is None or find_artifact(path, "sft"):
+        return
+    if offline and not Path(path).exists():
+        yield Finding(setting, path, OFFLINE)
+    elif (Path(path) / "adapter_config.json").exists():
+        yield Finding(setting, path, "a PEFT adapter; looked at when it is opened")
+    else:
+        try:
+            yield Finding(setting, path, _served(setting, path, config))
+        except PipelineError as error:
+            yield Finding(setting, path, "", str(error))
+
+
+def _served(setting: str, path: str, config: RunConfig) -> str:
     """vLLM would take the run's adapter on this base. Raises PipelineError."""
-    if (Path(path) / "adapter_config.json").exists():
-        return "a PEFT adapter; looked at when it is opened"
     model = empty_model(config.model.model_copy(update={"quantization": "none"}), path)
     with torch.device("meta"):
         add_adapter(model, _ADAPTER, lora_config(config.lora))
-    refuse_vllm(model, _ADAPTER)
+    if setting == "export.vllm":
+        refuse_vllm(model, _ADAPTER)
+    elif faults := adapter_refusals(model, _ADAPTER):
+        raise ModelError(
+            f"vLLM cannot load the policy's adapters: {'; '.join(faults)}, or set "
+            "ppo.rollout.engine to native"
+        )
     return f"vLLM takes adapters on {model.config.model_type}"
 
 
@@ -161,8 +184,9 @@ def _scored(path: str, config: RunConfig) -> str:
 def _shape_and_tokenizer(path: str, config: RunConfig) -> tuple[Any, Any]:
     from transformers import AutoTokenizer
 
-    section = config.model
-    revision = section.revision if path == section.path else None
+    section, reward = config.model, config.reward
+    revisions = {reward.base: reward.base_revision, section.path: section.revision}
+    revision = revisions.get(path)
     shape = load_config(section, path, revision)
     with explain_load_errors(path, revision):
         tokenizer = AutoTokenizer.from_pretrained(
@@ -206,7 +230,7 @@ def _artifact(folder: Path, stage: str) -> str:
 
 def _built(config: RunConfig) -> str:
     """The small model of `model.architecture`, built without memory. Raises ConfigError."""
-    return f"random weights, {_size(empty_model(config.model), config)}"
+    return f"random weights, {_size(empty_model(config.model), config, _tunings(config))}"
 
 
 def _decoder(path: str, config: RunConfig) -> str:
@@ -234,23 +258,16 @@ def _decoder(path: str, config: RunConfig) -> str:
     codec = Codec(tokenizer, chat_template=section.chat_template)
     codec.of_run(config.data.system_prompt, config.generation)
     template = "its chat template" if tokenizer.chat_template else "no chat template"
-    return f"{shape.model_type}, {_size(model, config)}, {template}"
+    return f"{shape.model_type}, {_size(model, config, _tunings(config))}, {template}"
 
 
 def _reward_base(path: str, config: RunConfig) -> str:
     """Config, tokenizer and positions of a reward model's own base. Raises PipelineError."""
-    from transformers import AutoTokenizer
-
     revision = config.reward.base_revision
     plain = config.model.model_copy(update={"quantization": "none"})
     model = empty_model(plain, path, revision)
     _check_weights(Path(path))
-    with explain_load_errors(path, revision):
-        tokenizer = AutoTokenizer.from_pretrained(
-            path,
-            revision=revision or "main",
-            trust_remote_code=config.model.trust_remote_code,
-        )
+    _, tokenizer = _shape_and_tokenizer(path, config)
     shape, limit = model.config, positions(model)
     kind = "decoder"
     if is_encoder(shape):
@@ -260,7 +277,7 @@ def _reward_base(path: str, config: RunConfig) -> str:
             pooling = default_pooling(path, revision, shape)
         kind = f"encoder, score reads {READINGS[pooling]}"
     reach = "no limit of positions" if limit is None else f"{limit:,} positions"
-    return f"{shape.model_type}, {_size(model, config)}; {kind}; {reach}"
+    return f"{shape.model_type}, {_size(model, config, [config.reward.tuning])}; {kind}; {reach}"
 
 
 def _classifier(path: str, config: RunConfig) -> str:
@@ -288,16 +305,23 @@ def _check_weights(folder: Path) -> None:
         )
 
 
-def _size(model: nn.Module, config: RunConfig) -> str:
+def _tunings(config: RunConfig) -> list[Tuning]:
+    """Of the stages whose models stand on the policy's base."""
+    reward = [] if config.reward.base is not None else [config.reward.tuning]
+    return [config.sft.tuning, config.ppo.tuning, *reward]
+
+
+def _size(model: nn.Module, config: RunConfig, tunings: Sequence[Tuning]) -> str:
     """Parameters and bytes of a model without memory, and those of an adapter on it.
 
-    Raises ModelError if `lora.target_modules` do not fit, where a stage trains an adapter.
+    `tunings` are of the stages that train it. Raises ModelError if `lora.target_modules` do not
+    fit, where one of them trains an adapter.
     """
     parameters = list(model.parameters())
     count = sum(p.numel() for p in parameters)
     size = sum(p.numel() * p.element_size() for p in parameters)
     text = f"{_short(count)} parameters, {size / 1e9:.2f} GB in {config.model.dtype}"
-    if "lora" not in (config.sft.tuning, config.reward.tuning, config.ppo.tuning):
+    if "lora" not in tunings:
         return text
     with torch.device("meta"):
         add_adapter(model, _ADAPTER, lora_config(config.lora))

@@ -123,7 +123,8 @@ class RunConfig(Section):
                 "ppo.rewards"
             )
         family = self.model.architecture.model_type
-        if export.asks_for_reward and self.model.init == "config" and family not in CLASSIFIED:
+        on_own = self.model.init == "config" and self.reward.base is None
+        if export.asks_for_reward and on_own and family not in CLASSIFIED:
             raise ValueError(
                 f"export.reward or export.adapters asks for the reward model, but no classifier of "
                 f"transformers is known to give its scores on {family}: take another "

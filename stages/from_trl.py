@@ -180,6 +180,8 @@ class _Draft:
         # As TRL has it, a list of one is a text to PEFT: `all-linear`, or a regular expression.
         asked = modules[0] if modules is not None and len(modules) == 1 else modules
         self._set("lora.target_modules", asked or "all-linear", None if asked else whole)
+        if given["lora_target_parameters"] is not None:
+            self._set("lora.target_parameters", list(given["lora_target_parameters"]))
 
     def _data(self) -> None:
         given = self.given

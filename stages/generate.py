@@ -23,7 +23,7 @@ from pipeline.data.detect import choose_format, read_record
 from pipeline.data.formats import FORMATS
 from pipeline.data.readers import Location, read_prompt_rows
 from pipeline.data.validate import REMEDIES, RowFault, check_row
-from pipeline.errors import ConfigError, DataError, ModelError
+from pipeline.errors import ConfigError, DataError
 from pipeline.generation import Sampling
 from pipeline.models.trunk import Handle
 from pipeline.progress import ProgressBar
@@ -82,7 +82,7 @@ def generate_file(
         )
     prompts = list(islice(_prompts(request.prompts, console), request.limit))
     handle = fitted(target.policy(stage), sampling.max_new_tokens)
-    rewards = _rewards(target, handle) if request.best_of is not None else None
+    rewards = target.rewards() if request.best_of is not None else None
     rows: list[dict[str, Any]] = []
     with ProgressBar(console, "responses", len(prompts)) as bar:
         for start in range(0, len(prompts), ROWS_AT_A_TIME):
@@ -131,18 +131,6 @@ def _read(resource: str, console: Console) -> Iterator[Prompt]:
         yield record
     for note in notes:
         console.print(f"note: {note}", highlight=False, markup=False)
-
-
-def _rewards(target: Target, policy: Handle) -> RewardSource:
-    from pipeline.rewards import ModelReward
-
-    source = target.rewards()
-    if isinstance(source, ModelReward) and not source.handle.codec.same_ids(policy.codec):
-        raise ModelError(
-            f"the reward model of {target.resource} reads another vocabulary than this policy: "
-            "name another --stage"
-        )
-    return source
 
 
 def _draw(

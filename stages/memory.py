@@ -80,7 +80,12 @@ class Rehearsal:
         start = self.sft_handle() if policy is None else self._opened(policy, "sft")
         start = start.with_role("policy", head=None)
         rewards = self._rewards(start)
-        ours = [model for model in rewards.values() if isinstance(model, Handle)]
+        entries = zip(
+            source_names(config.ppo.rewards), walk_entries(config.ppo.rewards), strict=True
+        )
+        weights = {name: entry.weight for name, entry in entries}
+        counting = (model for name, model in rewards.items() if weights[name])
+        ours = [model for model in counting if isinstance(model, Handle)]
         source = ModelReward(ours[0]) if len(ours) == 1 else None
         models = build_models(start, source, config, self.store)
         actor_critic = ActorCritic(models.policy, models.value)

@@ -67,7 +67,8 @@ class Target:
         section = section.model_copy(update={"trust_remote_code": trust_code})
         data = self.config.data if self.config else DataSection()
         runtime = Runtime(RunSection(device=device, trackers=()))
-        self.store = ModelStore(section, data, runtime.device)
+        generation = self.config.generation if self.config else None
+        self.store = ModelStore(section, data, runtime.device, generation=generation)
         self.engine = LocalEngine(cuda_graphs=cuda_graphs)
         self._open: dict[str, Handle] = {}
         if self.config is None:

@@ -26,6 +26,10 @@ class TrlField:
 
 _COMPUTED = "TRL computes it when it starts; a value that is given is overwritten."
 
+_HUB = (
+    "The export uploads, once it is written: `export.push_to_hub: OWNER/NAME`, with `hub_private` "
+    "and `hub_revision`."
+)
 PPO_CONFIG: dict[str, TrlField] = {
     "learning_rate": TrlField("float", 3e-6, ("ppo.optim.learning_rate",)),
     "dataset_num_proc": TrlField(
@@ -97,9 +101,7 @@ PPO_CONFIG: dict[str, TrlField] = {
     "batch_size": TrlField("int", None, (), _COMPUTED),
     "local_mini_batch_size": TrlField("int", None, (), _COMPUTED),
     "mini_batch_size": TrlField("int", None, (), _COMPUTED),
-    "push_to_hub": TrlField(
-        "bool", False, (), "Nothing is uploaded: `hf upload` takes the folders of `export/`."
-    ),
+    "push_to_hub": TrlField("bool", False, (), _HUB),
     "reward_model_path": TrlField(
         "text",
         "EleutherAI/pythia-160m",
@@ -165,6 +167,9 @@ TRAINING_ARGUMENTS: dict[str, TrlField] = {
         "float", 3.0, ("ppo.iterations",), "Without total_episodes: passes over the prompts."
     ),
     "max_steps": TrlField("int", -1, (), "PPOTrainer overwrites it, too."),
+    "hub_model_id": TrlField("text", None, (), _HUB),
+    "hub_private_repo": TrlField("bool", None, (), _HUB),
+    "hub_revision": TrlField("text", None, (), _HUB),
     "lr_scheduler_type": TrlField(
         "text", "linear", ("ppo.optim.schedule",), "linear, cosine and constant (with warm-up)."
     ),
@@ -276,7 +281,7 @@ MODEL_CONFIG: dict[str, TrlField] = {
         ("lora.target_modules",),
         "Unset, all linear layers; TRL leaves it to PEFT, which often takes fewer.",
     ),
-    "lora_target_parameters": TrlField("list", None, (), "Adapters are on modules only."),
+    "lora_target_parameters": TrlField("list", None, ("lora.target_parameters",), _WITH_PEFT),
     "lora_modules_to_save": TrlField("list", None, (), "Adapters train no modules as a whole."),
     "lora_task_type": TrlField("text", "CAUSAL_LM", (), "A policy writes text."),
     "use_rslora": TrlField("bool", False, ("lora.use_rslora",), _WITH_PEFT),
@@ -302,7 +307,7 @@ IGNORED_ARGUMENTS = frozenset(
     do_train enable_jit_checkpoint eval_accumulation_steps eval_delay eval_do_concat_batches
     eval_on_start eval_use_gather_object fp16_backend fp16_full_eval fp16_opt_level
     full_determinism gradient_checkpointing_kwargs greater_is_better group_by_length
-    half_precision_backend hub_always_push hub_model_id hub_private_repo hub_revision hub_strategy
+    half_precision_backend hub_always_push hub_strategy
     hub_token ignore_data_skip include_for_metrics include_inputs_for_metrics
     include_num_input_tokens_seen include_tokens_per_second jit_mode_eval label_names
     label_smoothing_factor length_column_name liger_kernel_config load_best_model_at_end local_rank

@@ -194,7 +194,10 @@ def adapter_refusals(model: Any, name: str) -> list[str]:
         if getattr(adapter, pattern, None):
             found.append(f"its layers differ in scale ({pattern})")
     if adapter.target_parameters:
-        found.append(f"it adapts bare parameters (target_parameters={adapter.target_parameters})")
+        found.append(
+            f"it adapts bare parameters (target_parameters={adapter.target_parameters}): set "
+            "lora.target_parameters to []"
+        )
     return found
 
 

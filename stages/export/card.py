@@ -15,7 +15,7 @@ import yaml
 
 from pipeline.vllm_config import vllm_max_rank
 from stages.export.classifier import Scoring
-from stages.export.forms import FORMS, TEXT_IDS, TURN_IDS, Form
+from stages.export.forms import FORMS, TEXT_IDS, Form, turn_ids
 
 Template = Literal["own", "plain", "none"]  # the base tokenizer's chat template, ours, or none
 _SEQ2SEQ = "AutoModelForSeq2SeqLM"
@@ -174,7 +174,7 @@ def _loading(facts: CardFacts) -> str:
         outtype=facts.outtype,
         shift=how.shift if how is not None else 0.0,
         pad_id=how.pad_id if how is not None else 0,
-        prompt_ids=TURN_IDS if facts.text_as_turn else TEXT_IDS,
+        prompt_ids=turn_ids(facts.system_prompt) if facts.text_as_turn else TEXT_IDS,
         response=f"{facts.lead!r} + response" if facts.text_as_turn and facts.lead else "response",
         end_token=facts.end_token,
     )
@@ -189,7 +189,7 @@ def _scoring_note(facts: CardFacts) -> str:
         f"{how.shift!r}: the classifier has no bias, and the scale is part of its weights. Its "
         f"logit is that of the last token that is not the pad token `{how.pad_token}`; so every "
         f"row ends with the response's end token `{facts.end_token}`, as in training. Pad on the "
-        "right."
+        "right." + "".join(f" {note}" for note in _system_notes(facts))
     )
 
 
@@ -244,10 +244,14 @@ def _sampling_notes(facts: CardFacts) -> list[str]:
     if facts.forbidden_tokens:
         tokens = ", ".join(f"`{token}`" for token in facts.forbidden_tokens)
         notes.append(f"Never sampled: {tokens} (set in `generation_config.json`).")
-    if facts.system_prompt is not None:
-        text = json.dumps(facts.system_prompt, ensure_ascii=False)
-        notes.append(f"Conversations without a system turn were given this one: `{text}`.")
-    return notes
+    return notes + _system_notes(facts)
+
+
+def _system_notes(facts: CardFacts) -> list[str]:
+    if facts.system_prompt is None:
+        return []
+    text = json.dumps(facts.system_prompt, ensure_ascii=False)
+    return [f"Conversations without a system turn were given this one: `{text}`."]
 
 
 def _data_table(data: tuple[Data, ...]) -> str:

@@ -66,12 +66,18 @@ def score(pairs):
     with torch.no_grad():
         return model(**batch).logits[:, 0] - reward_shift"""
 TEXT_IDS = "tokenizer(prompt).input_ids"
-TURN_IDS = """tokenizer(
+_TURN_IDS = """tokenizer(
         tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+            [SYSTEM{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
         ),
         add_special_tokens=False,
     ).input_ids"""
+
+
+def turn_ids(system_prompt: str | None) -> str:
+    """Code that makes the ids of a prompt as a user's turn, behind the system turn, if any."""
+    turn = "" if system_prompt is None else f'{{"role": "system", "content": {system_prompt!r}}}, '
+    return _TURN_IDS.replace("SYSTEM", turn)
 
 
 @dataclass(frozen=True)

@@ -225,7 +225,7 @@ def _facts(
     config, codec, adapter = context.config, handle.codec, handle.role.adapter
     own_template = codec.template_source == "tokenizer"
     evaluation = context.parents["evaluation"]
-    start, start_hub_id = _start(config)
+    start, start_hub_id = _start(config, of_reward=form.startswith("reward"))
     own_type = form in ("merged", "reward") and config.export.dtype
     rank = None if adapter is None else handle.trunk.model.peft_config[adapter].r
     return CardFacts(
@@ -254,9 +254,10 @@ def _facts(
     )
 
 
-def _start(config: Any) -> tuple[str, str | None]:
-    """What the policy was before the run, in words, and its Hub id if it has one."""
-    path = config.ppo.policy or config.model.path
+def _start(config: Any, *, of_reward: bool) -> tuple[str, str | None]:
+    """What policy or reward model was before the run, in words, and its Hub id if it has one."""
+    path = config.reward.base if of_reward else None
+    path = path or config.ppo.policy or config.model.path
     if path is None:
         return f"a {config.model.architecture.model_type} model with random weights", None
     if Path(path).exists():

@@ -24,7 +24,7 @@ from stages.ppo.experience import AllSum, Experience
 from stages.ppo.losses import SUMS
 from stages.ppo.objective import MAX_LOG_RATIO, kl_estimate
 from stages.ppo.rollout import Rollout
-from stages.ppo.update import Step, Updater
+from stages.ppo.update import Step, Updater, language_metrics
 
 
 def best_responses(
@@ -71,7 +71,8 @@ class RejectionUpdater(Updater):
 
     def metrics(self, experience: Experience, steps: Sequence[Step]) -> dict[str, float]:
         """See `Updater.metrics`."""
-        return rejection_metrics(experience, steps, self.runtime.all_sum)
+        found = rejection_metrics(experience, steps, self.runtime.all_sum)
+        return found | language_metrics(steps)
 
     def _passes(self, train_policy: bool) -> list[list[str]]:
         assert train_policy, "there is no value model to warm up"

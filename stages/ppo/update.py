@@ -339,12 +339,19 @@ def update_metrics(steps: Sequence[Step]) -> dict[str, float]:
     metrics = {name: sum(step.sums[name] for step in steps) / tokens for name in names}
     if policy_trained:
         metrics["ratio_max"] = max(step.ratio_max for step in steps)
-    for name in steps[0].language:
-        sums = [step.language[name] for step in steps]
-        metrics[f"{name}_loss"] = sum(nll for nll, _ in sums) / sum(count for _, count in sums)
+    metrics |= language_metrics(steps)
     metrics["optimiser_steps"] = float(len(taken))
     for name in ("policy", "value"):
         norms = [step.grad_norms[name] for step in taken if name in step.grad_norms]
         if norms:
             metrics[f"grad_norm_{name}"] = sum(norms) / len(norms)
     return metrics
+
+
+def language_metrics(steps: Sequence[Step]) -> dict[str, float]:
+    """Mean loss a token of each language-model term, `NAME_loss`, over all steps."""
+    found = {}
+    for name in steps[0].language:
+        sums = [step.language[name] for step in steps]
+        found[f"{name}_loss"] = sum(nll for nll, _ in sums) / sum(count for _, count in sums)
+    return found

@@ -219,3 +219,18 @@ def test_settings_without_effect_are_refused(section: dict, message: str) -> Non
 def test_keep_is_rejection_samplings() -> None:
     with pytest.raises(ValidationError, match=r"ppo.rejection.keep is 2 but ppo.algorithm is ppo"):
         PpoSection.model_validate({"rejection": {"keep": 2}})
+
+
+def test_demonstrations_are_mixed_in_and_logged() -> None:
+    ppo = TinyPpo(
+        **REJECTION,
+        rollout={"responses_per_prompt": 2},
+        optim={"ptx_coef": 1.0, "learning_rate": 1e-2},
+        demonstrations=[([5, 6], [7, 8, 1]), ([9], [10, 1])],
+    )
+    losses = []
+    for iteration in range(1, 6):
+        experience = best_responses(ppo.collect(iteration), 0.05, 1, 2)
+        steps = ppo.updater.update(experience, iteration)
+        losses.append(ppo.updater.metrics(experience, steps)["ptx_loss"])
+    assert losses[-1] < losses[0]

@@ -19,6 +19,7 @@ from stages.memory import predicted_files, predicted_footprint
 from tests.families import WORDS, final_state, plain_model, write_model, write_rows
 from tests.tiny_chain import SMALLEST, Killed, assert_same, rlhf, samples
 from tests.tiny_encoders import save_encoder
+from tests.unit.tiny_policies import generated
 
 CONFIG = f"""{SMALLEST}
 sft: {{max_steps: 4, batch_size: 4}}
@@ -127,6 +128,27 @@ def test_predicted_memory_and_files_are_those_of_the_run(place):
     saved = [*stage.glob("artifact/model/*.safetensors"), stage / "artifact/head.safetensors"]
     header = 8192  # names and shapes of each file
     assert 0 <= sum(path.stat().st_size for path in saved) - files["artifact"] < 2 * header
+
+
+def test_check_tries_adapters_where_they_are_trained(place):
+    """The reward model is tuned in full here: a BERT needs no layer of the policy's names."""
+    targets = "lora.target_modules=[q_proj, v_proj]"
+    found = rlhf("check", targets, "ppo.tuning=lora")
+    assert "everything is in order" in found
+    found = rlhf("check", targets, "reward.tuning=lora", code=2)
+    assert "lora.target_modules has 'q_proj', but BertModel has no such layer" in found
+
+
+def test_the_best_of_several_is_chosen_by_a_reward_model_that_reads_text(place):
+    for stage in ("sft", "reward", "ppo"):
+        rlhf(stage)
+    write_rows(place / "p.jsonl", [{"prompt": "say good"}])
+    one, best = (
+        generated("runs/r", "p.jsonl", "--stage", "ppo", *more)
+        for more in (("--n", "3"), ("--best-of", "3"))
+    )
+    assert best[0]["response"] in [row["response"] for row in one]
+    assert isinstance(best[0]["score"], float)
 
 
 def test_without_normalisation_no_policy_is_needed(place):

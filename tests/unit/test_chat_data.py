@@ -11,6 +11,7 @@ from pipeline.codec import Codec
 from pipeline.config import DataSection
 from pipeline.data import Split, load_corpus
 from pipeline.errors import ConfigError, ModelError
+from pipeline.generation_config import GenerationSection
 from pipeline.models.loading import train_tokenizer
 from pipeline.models.store import ModelStore
 from pipeline.records import Demonstration, Message, Prompt, each_reply
@@ -166,6 +167,19 @@ def test_plain_text_without_a_template_is_refused_a_system_prompt() -> None:
     assert codec.prompt_text((Message("user", "hello"),)) == (
         "\n\nSystem: be kind\n\nHuman: hello\n\nAssistant:"
     )
+
+
+def test_what_only_reads_takes_the_system_turn_where_it_has_one(tokenizer) -> None:
+    """A reward model on a base of its own scores the text, whatever its template has."""
+    generation = GenerationSection(forbidden_tokens=("no token of this vocabulary",))
+    reader = Codec(train_tokenizer(TEXTS, 300)).with_positions(64).of_run("be kind", generation)
+    assert reader.prompt_ids("hello") == Codec(train_tokenizer(TEXTS, 300)).prompt_ids("hello")
+    assert "System: be kind" in reader.prompt_text((Message("user", "hello"),))
+    tokenizer.chat_template = (
+        "{% set messages = messages | rejectattr('role', 'equalto', 'system') | list %}" + CHATML
+    )
+    reader = Codec(tokenizer).with_positions(64).of_run("be kind", None)
+    assert "be kind" not in reader.prompt_text((Message("user", "hello"),))
 
 
 @pytest.mark.parametrize(

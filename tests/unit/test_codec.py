@@ -192,3 +192,16 @@ def test_a_template_that_refuses_says_which_roles(chat_tokenizer):
     codec = Codec(chat_tokenizer)
     with pytest.raises(ModelError, match=r"roles \['system', 'user'\].*no system"):
         codec.prompt_ids((Message("system", "x"), Message("user", "y")))
+
+
+def test_plain_text_of_a_chat_model_is_no_turn(chat_tokenizer):
+    codec = Codec(chat_tokenizer).with_system_prompt("be kind")
+    assert codec.prompt_text("once") == (
+        "<|im_start|>system\nbe kind<|im_end|>\n<|im_start|>user\nonce<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    assert codec.of_plain_text().prompt_text("once") == "once"
+    assert codec.without_system_prompt().prompt_ids("once") == Codec(chat_tokenizer).prompt_ids(
+        "once"
+    )
+    assert codec.prompt_text("once").startswith("<|im_start|>system")  # it stays as it was

@@ -244,6 +244,21 @@ def test_conversations_are_closed_once_and_typed_special_tokens_are_text(make):
         assert ids.count(tokenizer.bos_token_id) == (tokenizer.bos_token_id is not None)
 
 
+@pytest.mark.parametrize("make", [unigram_tokenizer, bart_tokenizer])
+def test_plain_text_is_cut_for_the_decoder_behind_one_token_of_the_encoder(make):
+    tokenizer = make()
+    codec = Codec(tokenizer, encoder_decoder=True, max_prompt_tokens=9, max_response_tokens=5)
+    text = "the cat sat on the mat and the cat"
+    bare = tokenizer.encode(text, add_special_tokens=False)
+    pairs = codec.chunks(text)
+    opening = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    for number, (prompt, response) in enumerate(pairs):
+        assert prompt == [*opening, bare[5 * number], tokenizer.eos_token_id]
+        assert response == bare[5 * number + 1 : 5 * number + 6]
+    # Every token but the first is predicted once.
+    assert [id_ for _, response in pairs for id_ in response] == bare[1:]
+
+
 # --- training and files ---
 
 

@@ -124,7 +124,7 @@ def test_a_command_line_of_the_tldr_script(tmp_path: Path) -> None:
     assert ours["ppo"]["rollout"]["missing_eos"] == "subtract"
     assert ours["ppo"]["tuning"] == "lora"
     assert ours["lora"]["target_modules"] == ["q_proj", "v_proj"]
-    assert "push_to_hub: true: Nothing is uploaded" in text
+    assert "push_to_hub: true: The export uploads" in text
     assert "model_name_or_path: 'EleutherAI/pythia-1b-deduped': TRL's scripts load the" in text
     assert "--launch ddp --processes 8" in text
     assert "Gradients are clipped; TRL's PPO never does" in text  # though it was not asked about
