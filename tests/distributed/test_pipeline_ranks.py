@@ -62,6 +62,7 @@ LAUNCHES = {
 }
 SLOW = [
     ("lora", "FSDP2"),
+    ("lora-shared", "FSDP2"),
     ("full-shared", "FSDP2"),
     ("lora-shared", "DDP"),
     ("full-shared", "DDP"),

@@ -14,6 +14,8 @@ import pytest
 from tests.distributed.test_pipeline_ranks import CONFIG, ENVIRONMENT, FORMS, LAUNCHES, rlhf
 from tests.tiny_chain import ROOT, assert_close_stage
 
+pytestmark = pytest.mark.slow
+
 OPTIONS = [
     "data.prompts=prompts.jsonl",
     "data.pretraining=text.jsonl",
@@ -80,8 +82,8 @@ def one(folder: Path):
     [
         ("lora", "DDP"),
         ("full", "FSDP2"),
-        pytest.param("full-shared", "DDP", marks=pytest.mark.slow),
-        pytest.param("lora-shared", "FSDP2", marks=pytest.mark.slow),
+        ("full-shared", "DDP"),
+        ("lora-shared", "FSDP2"),
     ],
 )
 def test_two_processes_compute_what_one_does(folder, one, form, strategy):
@@ -91,7 +93,6 @@ def test_two_processes_compute_what_one_does(folder, one, form, strategy):
     assert_close_stage(folder / "runs" / name / "ppo", whole)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("form", "strategy"), [("lora", "DDP"), ("full", "FSDP2")])
 def test_a_killed_run_goes_on_in_two_processes_and_in_one(folder, one, form, strategy):
     """The average comes back with its rows where they lie now."""

@@ -8,6 +8,8 @@ import pytest
 from tests.distributed.test_pipeline_ranks import LAUNCHES, rlhf
 from tests.tiny_chain import assert_close_stage, head, rows, samples
 
+pytestmark = pytest.mark.slow
+
 # 5 prompts an iteration, 3 and 2 a process, with 4 responses each; of the 10 kept, 5 a minibatch.
 CONFIG = f"""{head("one", dtype="float64")}
 sft: {{max_steps: 8, batch_size: 5, micro_batch_tokens: 200, optim: {{learning_rate: 5.0e-3}}}}
@@ -30,8 +32,8 @@ evaluation: {{prompts: 5, max_new_tokens: 4}}
     ("tuning", "strategy"),
     [
         ("lora", "DDP"),
-        pytest.param("full", "FSDP2", marks=pytest.mark.slow),
-        pytest.param("full", "DDP", marks=pytest.mark.slow),
+        ("full", "FSDP2"),
+        ("full", "DDP"),
     ],
 )
 def test_two_processes_compute_what_one_does(tuning: str, strategy: str, tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ import pytest
 from tests.tiny_chain import ROOT, assert_close_stage, head
 from tests.tiny_encoders import save_encoder
 
+pytestmark = pytest.mark.slow
+
 # Without dropout, whose numbers each process draws for itself. 5 rankings a step: 3 and 2.
 CONFIG = f"""{head("one", dtype="float64")}
 reward:
@@ -27,9 +29,9 @@ LAUNCHES = {
     ("tuning", "strategy"),
     [
         ("full", "DDP"),
-        pytest.param("lora", "DDP", marks=pytest.mark.slow),
-        pytest.param("full", "FSDP2", marks=pytest.mark.slow),
-        pytest.param("lora", "FSDP2", marks=pytest.mark.slow),
+        ("lora", "DDP"),
+        ("full", "FSDP2"),
+        ("lora", "FSDP2"),
     ],
 )
 def test_two_processes_compute_what_one_does(tmp_path, tuning, strategy):
