@@ -247,7 +247,7 @@ def config_(
         ),
     ] = None,
 ) -> None:
-    """Print the resolved values of a config as YAML, or the JSON Schema of all configs."""
+    """Print the resolved values of a config as YAML, the JSON Schema, or TRL settings as ours."""
     if from_trl is not None:
         if config is not None or schema:
             raise ConfigError("--from-trl FILE stands alone: it converts that file")

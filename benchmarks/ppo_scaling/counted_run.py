@@ -67,7 +67,8 @@ def watched(watch: Watch) -> None:
         give_back()
         watch.meter.baseline = resident_bytes()  # libraries and data; models come now
         make(self, *args, **kwargs)
-        self.engine.generate = _between(watch, "rollout", self.engine.generate, "scoring")
+        engine = self.interviewer.engine
+        engine.generate = _between(watch, "rollout", engine.generate, "scoring")
         roles = self.models.roles(self.rewards)
         groups = self.updater.groups.values()
         watch.report |= {
