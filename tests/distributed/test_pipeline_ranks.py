@@ -61,6 +61,7 @@ LAUNCHES = {
     "FSDP2": ["--launch", "fsdp2", "--processes", "2", "run.device=cpu"],
 }
 SLOW = [
+    ("full", "DDP"),
     ("lora", "FSDP2"),
     ("lora-shared", "FSDP2"),
     ("full-shared", "FSDP2"),

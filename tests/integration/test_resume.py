@@ -97,7 +97,7 @@ def whole(folder):
         pytest.param("shared", UPDATE, 5, 4, marks=pytest.mark.slow),
         # Killed while the second state is written in the background, in whichever iteration.
         pytest.param("background", TENSORS, 3, 2, marks=pytest.mark.slow),
-        ("background", COMPLETE, 2, 2),
+        pytest.param("background", COMPLETE, 2, 2, marks=pytest.mark.slow),
     ],
 )
 def test_a_killed_run_goes_on_as_if_it_had_not_been(folder, whole, form, place, nth, step):

@@ -64,7 +64,7 @@ def test_scores_equal_plain_transformers_whatever_the_padding(tmp_path, kind, po
     expected = [
         oracle(kind, handle, *texts, pooling) for texts in zip(PROMPTS, RESPONSES, strict=True)
     ]
-    assert max(expected) - min(expected) > 0.01  # rows that score apart
+    assert max(expected) - min(expected) > 1e-3  # rows that score apart
     batch = rows_of(handle)
     together = handle(batch, ["scores"]).scores
     assert together.tolist() == pytest.approx(expected, abs=1e-5)
