@@ -139,6 +139,11 @@ def test_check_tries_adapters_where_they_are_trained(place):
     assert "lora.target_modules has 'q_proj', but BertModel has no such layer" in found
 
 
+def test_check_asks_the_reward_models_base_for_its_classifier(place):
+    found = rlhf("check", "export.reward=true", code=2)
+    assert "export.reward" in found and "bert is none of the decoders whose classifier" in found
+
+
 def test_the_best_of_several_is_chosen_by_a_reward_model_that_reads_text(place):
     for stage in ("sft", "reward", "ppo"):
         rlhf(stage)

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from pipeline.config import ArchitectureSection
 from stages.cli import app
+from tests.families import write_model
 
 runner = CliRunner()
 
@@ -124,6 +125,20 @@ def test_a_model_that_does_not_fit(model: Path, override: str, message: str) -> 
     assert code == 2
     assert err.startswith("error: 1 of the checks failed:\nmodel.path: ")
     assert message in err
+
+
+@pytest.mark.parametrize("asked", ["ppo.rollout.engine=vllm", "export.vllm=true"])
+def test_experts_that_vllm_would_not_take_are_said_before_anything_is_trained(asked: str) -> None:
+    write_model("mixtral", Path("model"))
+    limits = ["data.max_prompt_tokens=20", "data.max_response_tokens=20"]
+    limits += ["ppo.rollout.max_new_tokens=20", "evaluation.max_new_tokens=20"]
+    setting = asked.partition("=")[0]
+    code, _, err = check("model={path: model}", *limits, asked)
+    assert code == 2
+    assert f"{setting}: vLLM cannot load the policy's adapter" in err
+    assert "set lora.target_parameters to []" in err
+    code, out, _ = check("model={path: model}", *limits, asked, "lora.target_parameters=[]")
+    assert code == 0 and "vLLM takes adapters on mixtral" in out
 
 
 def test_pickled_weights_are_refused(model: Path) -> None:

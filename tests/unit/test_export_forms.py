@@ -299,9 +299,16 @@ TURNS = (
 )
 
 
-@pytest.mark.parametrize("template", [None, TURNS], ids=["texts", "turns"])
+@pytest.mark.parametrize(
+    ("template", "system_prompt"),
+    [(None, None), (TURNS, None), (TURNS, 'Be "kind" {always}.')],
+    ids=["texts", "turns", "system turn"],
+)
 def test_the_card_of_the_reward_model_scores_as_we_do(
-    tmp_path: Path, template: str | None, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    template: str | None,
+    system_prompt: str | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run = TinyRun(with_export(config(tmp_path), adapters=(), reward=True))
     artifact = run.run.stage("reward").artifact
@@ -309,6 +316,7 @@ def test_the_card_of_the_reward_model_scores_as_we_do(
     trained.trunk.heads["reward"].normalise(mean=0.7, std=3.0)
     trained.codec.tokenizer.chat_template = template
     trained.codec.template_source = "plain" if template is None else "tokenizer"
+    trained.codec.system_prompt = system_prompt
     run._finish("reward", trained)
     run.store = run.fresh_store()
     reward = run.store.open(artifact)
@@ -324,6 +332,7 @@ def test_the_card_of_the_reward_model_scores_as_we_do(
     header, text = card_of(out / "reward")
     assert header["pipeline_tag"] == "text-classification"
     assert "score of this run's reward model is logit - `reward_shift`" in text
+    assert ("were given this one" in text) == (system_prompt is not None)
     settings = json.loads((out / "reward" / "config.json").read_text())
     assert settings["architectures"] == ["LlamaForSequenceClassification"]
     assert settings["reward_shift"] == pytest.approx((0.7 - 0.0) / 3, abs=1e-6)

@@ -130,6 +130,15 @@ def test_a_command_line_of_the_tldr_script(tmp_path: Path) -> None:
     assert "Gradients are clipped; TRL's PPO never does" in text  # though it was not asked about
 
 
+def test_experts_that_are_named_are_adapted(tmp_path: Path) -> None:
+    named = "ppo.py --dataset_name d --lora_target_parameters experts.down_proj"
+    ours, _ = convert(tmp_path, f"python {named} --use_peft")
+    assert ours["lora"]["target_parameters"] == ["experts.down_proj"]
+    ours, text = convert(tmp_path, f"python {named}")
+    assert "target_parameters" not in ours.get("lora", {})
+    assert "lora_target_parameters: it does nothing without use_peft" in text
+
+
 def test_nothing_that_is_given_goes_without_a_value_or_a_word(tmp_path: Path) -> None:
     """Every argument that TRL knows, given alone: it sets a field or is named in a comment."""
     example = {"int": 1, "float": 0.5, "bool": True, "text": "x", "list": ["tensorboard"]}

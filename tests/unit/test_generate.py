@@ -11,8 +11,11 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+import yaml
 
+from pipeline.codec import Codec
 from stages import generate
+from stages.targets import Target
 from tests.unit.tiny_policies import generated, make_run, rlhf
 from tests.unit.tiny_run import POSTS
 
@@ -95,6 +98,25 @@ def test_stages_of_a_run_are_other_policies(run: Path, prompts: Path) -> None:
     # The adapter's base, by the exported adapter alone.
     assert sft == generated(run / "export/adapter", prompts, "--stage", "base")
     assert sft == generated(run / "export/base", prompts)
+
+
+def test_a_run_samples_by_its_own_settings(run: Path, prompts: Path, tmp_path: Path) -> None:
+    """What config.yaml forbids is written by no policy of the run."""
+    other = shutil.copytree(run, tmp_path / "other")
+    written = "".join(str(row["response"]) for row in generated(run, prompts, "--stage", "sft"))
+    letter = max("etaoinsr", key=written.count)
+    assert written.count(letter) >= 3
+    settings = yaml.safe_load((other / "config.yaml").read_text())
+    settings["generation"]["forbidden_tokens"] = [letter]
+    (other / "config.yaml").write_text(yaml.safe_dump(settings))
+    # Single letters are tokens; others that hold it stay.
+    codec = Codec.load(other / "sft/artifact/tokenizer")
+    (id_,) = codec.tokenizer.encode(letter, add_special_tokens=False)
+    for stage in ("sft", "ppo"):
+        target = Target(str(other), "cpu")
+        assert target.policy(stage).codec.forbidden_ids == {id_}
+        rows = generated(other, prompts, "--stage", stage)
+        assert rows != generated(run, prompts, "--stage", stage)
 
 
 def test_best_of_n_is_the_best_of_those_n(run: Path, prompts: Path) -> None:
