@@ -5,20 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import (
-    Tokenizer,
-    decoders,
-    models,
-    normalizers,
-    pre_tokenizers,
-    processors,
-    trainers,
-)
 from transformers import (
     AutoModelForSeq2SeqLM,
     DataCollatorForSeq2Seq,
     GenerationConfig,
-    PreTrainedTokenizerFast,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
 )
@@ -35,6 +25,7 @@ from pipeline.models import adapters
 from pipeline.models.trunk import Handle, Role
 from pipeline.records import Message
 from stages.sft.trainer import DemonstrationRows
+from tests.families import bart_tokenizer, t5_tokenizer
 
 PROMPTS = [[5, 6, 7, 8, 9, 10], [11, 12], [13]]
 RESPONSES = [[20, 21], [22, 23, 24, 25, 26], [27]]
@@ -162,56 +153,11 @@ def test_beams_are_those_of_generate(handle):
 # --- text ---
 
 
-def unigram_tokenizer() -> PreTrainedTokenizerFast:
-    """As T5 has it: SentencePiece's Unigram, every text closed by </s>."""
-    raw = Tokenizer(models.Unigram())
-    raw.normalizer = normalizers.NFKC()
-    raw.pre_tokenizer = pre_tokenizers.Metaspace()
-    raw.decoder = decoders.Metaspace()
-    raw.train_from_iterator(
-        TEXTS,
-        trainers.UnigramTrainer(
-            vocab_size=120,
-            special_tokens=["<pad>", "</s>", "<unk>"],
-            unk_token="<unk>",
-            show_progress=False,
-        ),
-    )
-    raw.post_processor = processors.TemplateProcessing(
-        single="$A </s>", special_tokens=[("</s>", 1)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=raw, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    )
-
-
-def bart_tokenizer() -> PreTrainedTokenizerFast:
-    """As BART has it: byte-level BPE, every text between <s> and </s>."""
-    raw = Tokenizer(models.BPE())
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = decoders.ByteLevel()
-    raw.train_from_iterator(
-        TEXTS,
-        trainers.BpeTrainer(
-            vocab_size=300,
-            special_tokens=["<s>", "<pad>", "</s>"],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
-    )
-    raw.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=raw, bos_token="<s>", pad_token="<pad>", eos_token="</s>"
-    )
-
-
-@pytest.mark.parametrize("make", [unigram_tokenizer, bart_tokenizer])
+@pytest.mark.parametrize("make", [t5_tokenizer, bart_tokenizer])
 def test_prompts_are_whole_texts_and_responses_labels_as_transformers_has_them(make):
     tokenizer = make()
     codec = Codec(tokenizer, encoder_decoder=True)
-    prompt, response = "the cat", "a response"
+    prompt, response = "say good 3", "kind 7."  # of letters that both vocabularies have
     assert codec.prompt_ids(prompt) == tokenizer(prompt).input_ids
     # `tokenizer(text_target=...)` is what Seq2SeqTrainer's labels are made by.
     assert codec.response_ids(response) == tokenizer(text_target=response).input_ids
@@ -220,7 +166,7 @@ def test_prompts_are_whole_texts_and_responses_labels_as_transformers_has_them(m
     assert decoder.prompt_ids(prompt)[-1] != tokenizer.eos_token_id  # a decoder's stays open
 
 
-@pytest.mark.parametrize("make", [unigram_tokenizer, bart_tokenizer])
+@pytest.mark.parametrize("make", [t5_tokenizer, bart_tokenizer])
 def test_a_cut_prompt_keeps_its_end_and_is_still_whole(make, tmp_path):
     tokenizer = make()
     whole = Codec(tokenizer, encoder_decoder=True).prompt_ids("the cat sat on the mat")
@@ -234,7 +180,7 @@ def test_a_cut_prompt_keeps_its_end_and_is_still_whole(make, tmp_path):
     )
 
 
-@pytest.mark.parametrize("make", [unigram_tokenizer, bart_tokenizer])
+@pytest.mark.parametrize("make", [t5_tokenizer, bart_tokenizer])
 def test_conversations_are_closed_once_and_typed_special_tokens_are_text(make):
     tokenizer = make()
     codec = Codec(tokenizer, encoder_decoder=True)
@@ -244,7 +190,7 @@ def test_conversations_are_closed_once_and_typed_special_tokens_are_text(make):
         assert ids.count(tokenizer.bos_token_id) == (tokenizer.bos_token_id is not None)
 
 
-@pytest.mark.parametrize("make", [unigram_tokenizer, bart_tokenizer])
+@pytest.mark.parametrize("make", [t5_tokenizer, bart_tokenizer])
 def test_plain_text_is_cut_for_the_decoder_behind_one_token_of_the_encoder(make):
     tokenizer = make()
     codec = Codec(tokenizer, encoder_decoder=True, max_prompt_tokens=9, max_response_tokens=5)
